@@ -1,0 +1,136 @@
+"""What a sub-net is asked to be, and the names that the entries of `sparsities` get."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ast_plugin.errors import ConfigError
+
+_N_OF_M = re.compile(r"^(\d+):(\d+)$")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SubNetSpec:
+    """One sub-net as asked for: a name, a target sparsity and a pattern of masks.
+
+    Attributes:
+        name: How the sub-net is addressed everywhere, for example ``s90`` or ``2:4``.
+        sparsity: Target fraction of zeros among the prunable weights, in [0, 1).
+        pattern: Name of a pattern; None takes the run's pattern.
+    """
+
+    name: str
+    sparsity: float
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ConfigError(f"name of a sub-net must be a non-empty string, got {self.name!r}")
+        if "::" in self.name or any(c.isspace() or c in "/\\" for c in self.name):
+            raise ConfigError(
+                f"name of a sub-net must have no white space, slash or '::', got {self.name!r}; "
+                "use letters, digits, '.', ':', '-' and '_'"
+            )
+        object.__setattr__(self, "sparsity", checked_sparsity("sparsities", self.sparsity))
+
+
+def sparsity_name(sparsity: float) -> str:
+    """Return the name of a sub-net by its sparsity: 0.9 -> ``s90``, 0.955 -> ``s95.5``."""
+    return f"s{float(f'{100 * sparsity:.10f}'):.10g}"
+
+
+def parse_sub_nets(
+    sparsities: Sequence[float | str | SubNetSpec], pattern: str = "unstructured"
+) -> tuple[SubNetSpec, ...]:
+    """Give every entry of `sparsities` its name, sparsity and pattern.
+
+    Args:
+        sparsities: Numbers in [0, 1), ``"N:M"`` strings and `SubNetSpec` objects, mixed as wanted.
+        pattern: The pattern of entries that bring none.
+
+    Raises:
+        ConfigError: If the list is empty, an entry is malformed or out of range, or two entries get the same name.
+    """
+    if not sparsities:
+        raise ConfigError("sparsities is empty: give at least one sub-net, such as sparsities=(0.9, 0.95)")
+    specs = []
+    for entry in sparsities:
+        if isinstance(entry, SubNetSpec):
+            specs.append(dataclasses.replace(entry, pattern=entry.pattern or pattern))
+        elif isinstance(entry, str):
+            n, m = parse_n_of_m("sparsities", entry)
+            specs.append(SubNetSpec(name=entry, sparsity=1 - n / m, pattern=entry))
+        else:
+            value = checked_sparsity("sparsities", entry)
+            match = _N_OF_M.match(pattern)
+            if match and round(value * int(match[2])) != int(match[2]) - int(match[1]):
+                raise ConfigError(
+                    f"sparsities entry {entry!r} contradicts pattern {pattern!r}, which fixes the sparsity at "
+                    f"{1 - int(match[1]) / int(match[2]):g}; write sparsities=({pattern!r},) instead"
+                )
+            specs.append(SubNetSpec(name=sparsity_name(value), sparsity=value, pattern=pattern))
+    seen: set[str] = set()
+    for spec in specs:
+        if spec.name in seen:
+            raise ConfigError(
+                f"sparsities names the sub-net {spec.name!r} twice; remove the duplicate, or give one of them "
+                "a name of its own with SubNetSpec(name=..., sparsity=...)"
+            )
+        seen.add(spec.name)
+    return tuple(specs)
+
+
+def is_n_of_m(text: str) -> bool:
+    """Return whether `text` has the form ``N:M``, legal or not."""
+    return _N_OF_M.match(text) is not None
+
+
+def parse_n_of_m(parameter: str, text: str) -> tuple[int, int]:
+    """Return N and M of an ``"N:M"`` string, for example (2, 4).
+
+    Args:
+        parameter: The setting to name in an error.
+        text: What was given for it.
+
+    Raises:
+        ConfigError: If the form is another one, or N is not in [1, M).
+    """
+    match = _N_OF_M.match(text)
+    if not match:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        hint = f"; write the number {number:g} without quotes" if 0 <= number < 1 else ""
+        raise ConfigError(
+            f"{parameter} entry {text!r} is not understood: expected a number in [0, 1) or 'N:M' such as '2:4'{hint}"
+        )
+    n, m = int(match[1]), int(match[2])
+    if not 0 < n < m:
+        swapped = f"; did you mean '{m}:{n}'?" if 0 < m < n else ""
+        raise ConfigError(
+            f"{parameter} entry {text!r} keeps {n} of every {m} weights: N must be at least 1 and below M{swapped}"
+        )
+    return n, m
+
+
+def checked_sparsity(parameter: str, value: Any) -> float:
+    """Return `value` as a float if it is a sparsity in [0, 1).
+
+    Args:
+        parameter: The setting to name in an error.
+        value: What was given for it.
+
+    Raises:
+        ConfigError: If it is no number, or outside [0, 1).
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        hint = ""
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 1 < value < 100:
+            hint = f"; for {value:g} % write {value / 100:g}"
+        raise ConfigError(f"{parameter} must hold fractions of zeros in [0, 1), got {value!r}{hint}")
+    return float(value)
