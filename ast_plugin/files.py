@@ -1,0 +1,115 @@
+"""Writing files so that a failure leaves what stood there before.
+
+A file is written under a temporary name in its own folder, flushed to the disk and then renamed: a reader
+sees the old file or the new one, never a part. Renaming is atomic within one file system only, which is why
+the temporary file does not live in the system's temporary folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from ast_plugin.errors import ASTError, SaveError
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or give another path",
+    errno.EDQUOT: "free some of your quota, or give another path",
+    errno.EACCES: "give a path in a folder that you may write to",
+    errno.EPERM: "give a path in a folder that you may write to",
+    errno.EROFS: "give a path on a file system that is not read-only",
+    errno.ENOTDIR: "a part of the path is a file; give a path whose folders are folders",
+    errno.EEXIST: "a part of the path is a file; give a path whose folders are folders",
+    errno.EISDIR: "the path is a folder; add a file name",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+
+
+def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+    """Let `write` make a file, and put it at `path` only when it is complete.
+
+    Missing folders are made. A file that is replaced passes on its permissions; a symbolic link stays, and
+    the file that it points to is replaced.
+
+    Args:
+        path: Where the file shall be.
+        write: Called once with the temporary path; must create a file there.
+
+    Raises:
+        SaveError: If anything fails; the file that stood at `path` is untouched and the temporary file is gone.
+            Errors of this package raised by `write` pass through as they are, and so do interrupts.
+    """
+    # The real path, because a rename would replace a symbolic link instead of the file behind it.
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise SaveError(f"cannot write {os.fspath(path)!r}: {_REMEDIES[errno.EISDIR]}")
+    temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        if target.exists():
+            temporary.chmod(target.stat().st_mode & 0o7777)
+        _flush(temporary)
+        os.replace(temporary, target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, ASTError) or not isinstance(error, Exception):
+            raise
+        raise SaveError(_explain(path, error, target)) from error
+    _flush_folder(target.parent)
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path`, completely or not at all.
+
+    Raises:
+        SaveError: If it fails; the file that stood at `path` is untouched.
+    """
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    atomic_write(path, write)
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` to `path` as UTF-8 with its line ends as they are, completely or not at all.
+
+    Raises:
+        SaveError: If it fails; the file that stood at `path` is untouched.
+    """
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def _flush(path: Path) -> None:
+    # Without this a crash of the machine shortly after the rename can leave an empty file under the final name.
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    # The rename itself survives a crash only when the folder is on the disk. The file is in place already, and some
+    # systems cannot open folders, so a failure here is no failure of the save.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _explain(path: str | os.PathLike[str], error: Exception, target: Path) -> str:
+    reason = str(error) or type(error).__name__
+    remedy = "see the error above for the cause, or give another path"
+    if isinstance(error, OSError) and error.errno is not None:
+        reason = os.strerror(error.errno)
+        remedy = _REMEDIES.get(error.errno, remedy)
+    with contextlib.suppress(OSError):
+        if target.exists():
+            remedy += "; the file that stood there before is unchanged"
+    return f"cannot write {os.fspath(path)!r}: {reason}; {remedy}"

@@ -1,0 +1,163 @@
+"""Files are written completely or not at all, and a failure keeps what stood there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ast_plugin.errors import ConfigError, SaveError
+from ast_plugin.files import atomic_write, atomic_write_bytes, atomic_write_text
+
+
+def test_writes_a_new_file_and_leaves_no_temporary_behind(tmp_path: Path) -> None:
+    atomic_write_bytes(tmp_path / "a.bin", b"abc")
+    assert (tmp_path / "a.bin").read_bytes() == b"abc"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_text_is_utf8_with_line_ends_untouched(tmp_path: Path) -> None:
+    atomic_write_text(tmp_path / "a.txt", "ä\r\nb\n")
+    assert (tmp_path / "a.txt").read_bytes() == b"\xc3\xa4\r\nb\n"
+
+
+def test_makes_missing_folders(tmp_path: Path) -> None:
+    atomic_write_text(tmp_path / "runs" / "one" / "a.txt", "x")
+    assert (tmp_path / "runs" / "one" / "a.txt").read_text() == "x"
+
+
+def test_accepts_a_plain_string_and_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    atomic_write_text("a.txt", "x")
+    assert (tmp_path / "a.txt").read_text() == "x"
+
+
+def test_replacing_keeps_the_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    path.chmod(0o640)
+    atomic_write_text(path, "new")
+    assert path.read_text() == "new"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_a_new_file_has_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "usual").write_text("x")
+    atomic_write_text(tmp_path / "ours", "x")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_a_symbolic_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "real.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "real.txt")
+    atomic_write_text(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "real.txt").read_text() == "new"
+
+
+def test_a_long_name_still_fits_under_its_temporary_name(tmp_path: Path) -> None:
+    name = "n" * 250
+    atomic_write_text(tmp_path / name, "x")
+    assert (tmp_path / name).read_text() == "x"
+
+
+def _half_then(error: BaseException) -> Callable[[Path], None]:
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(b"half a fi")
+        raise error
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EROFS, "not read-only"),
+        (errno.EACCES, "may write to"),
+        (errno.EIO, "give another path"),
+    ],
+)
+def test_a_failing_writer_keeps_the_old_file_and_says_why(tmp_path: Path, number: int, words: str) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(SaveError) as caught:
+        atomic_write(path, _half_then(OSError(number, os.strerror(number))))
+    message = str(caught.value)
+    assert str(path) in message
+    assert os.strerror(number) in message
+    assert words in message
+    assert "unchanged" in message
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_failing_rename_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(SaveError, match="No space left on device"):
+        atomic_write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_a_full_device_is_reported_by_the_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Some file systems report a full disk only when the data is flushed.
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SaveError, match="free some space"):
+        atomic_write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_errors_that_are_no_oserror_become_save_errors_with_their_text(tmp_path: Path) -> None:
+    with pytest.raises(SaveError, match="the writer gave up"):
+        atomic_write(tmp_path / "a.bin", _half_then(RuntimeError("the writer gave up")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_of_this_package_pass_through(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="two settings"):
+        atomic_write(tmp_path / "a.bin", _half_then(ConfigError("two settings")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_passes_through_after_cleaning(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(path, _half_then(KeyboardInterrupt()))
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_a_parent_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SaveError, match="a part of the path is a file"):
+        atomic_write_text(tmp_path / "file" / "a.txt", "y")
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SaveError, match="add a file name"):
+        atomic_write_text(tmp_path, "y")
+
+
+def test_a_writer_that_makes_no_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SaveError, match="No such file"):
+        atomic_write(tmp_path / "a.bin", lambda _: None)
