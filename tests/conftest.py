@@ -1,0 +1,48 @@
+"""Determinism for every test, and the option that leaves out what needs an optional dependency."""
+
+from __future__ import annotations
+
+import ast
+import random
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--core", action="store_true", help="leave out the tests marked extra(...)")
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out whole files whose `pytestmark` names an extra: they import it, so they must not be imported."""
+    if config.getoption("--core") and collection_path.suffix == ".py":
+        return marks_whole_file(collection_path.read_text(encoding="utf-8")) or None
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--core"):
+        left_out = [item for item in items if item.get_closest_marker("extra")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("extra")]
+
+
+def marks_whole_file(source: str) -> bool:
+    """Tell whether a module-level ``pytestmark = pytest.mark.extra(...)`` (or a list with one) stands in `source`."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "pytestmark" for t in node.targets):
+            return any(isinstance(inner, ast.Attribute) and inner.attr == "extra" for inner in ast.walk(node.value))
+    return False
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
