@@ -1,0 +1,261 @@
+"""The masks of all sub-nets: one bool tensor per sub-net and parameter, True = kept.
+
+Counts are asked for far more often than masks change (describe, statistics, reports, every mask update), so
+they are remembered until the mask is replaced. In files and checkpoints a mask takes one bit a weight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ast_plugin.errors import ConfigError, StateError, near_names
+
+
+class MaskStore:
+    """Masks by sub-net and parameter name. A new store keeps every weight.
+
+    A mask lives on the device on which it was set. Masks that come out of the store are the store's own: read
+    them, multiply by them, but change them through `set` alone, or the counts would go stale.
+
+    Args:
+        sub_nets: Names of the sub-nets, in training order.
+        shapes: Shape of every prunable parameter, by name.
+
+    Attributes:
+        sub_nets: Names of the sub-nets, in training order.
+        parameters: Names of the prunable parameters, in the order of `shapes`.
+        shapes: Shape of every prunable parameter, by name.
+    """
+
+    def __init__(self, sub_nets: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.sub_nets: tuple[str, ...] = tuple(sub_nets)
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in shapes.items()}
+        self.parameters: tuple[str, ...] = tuple(self.shapes)
+        self._masks: dict[str, dict[str, Tensor]] = {
+            sub_net: {name: torch.ones(shape, dtype=torch.bool) for name, shape in self.shapes.items()}
+            for sub_net in self.sub_nets
+        }
+        self._totals: dict[str, int] = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        self._kept: dict[str, dict[str, int]] = {sub_net: dict(self._totals) for sub_net in self.sub_nets}
+
+    def get(self, sub_net: str, parameter: str) -> Tensor:
+        """Return the mask itself, not a copy: bool, of the parameter's shape.
+
+        Raises:
+            ConfigError: If there is no such sub-net or parameter.
+        """
+        self._check_parameter(parameter)
+        return self._of(sub_net)[parameter]
+
+    def set(self, sub_net: str, parameter: str, mask: Tensor) -> None:
+        """Replace a mask. The store keeps `mask` itself, on its device; do not write into it afterwards.
+
+        Raises:
+            ConfigError: If there is no such sub-net or parameter, or `mask` has another dtype or shape.
+        """
+        self._check_parameter(parameter)
+        masks = self._of(sub_net)
+        if mask.dtype != torch.bool or tuple(mask.shape) != self.shapes[parameter]:
+            raise ConfigError(
+                f"mask of {parameter!r} in sub-net {sub_net!r} must be bool of shape {self.shapes[parameter]}, "
+                f"got {mask.dtype} of shape {tuple(mask.shape)}"
+            )
+        masks[parameter] = mask.detach()
+        self._kept[sub_net].pop(parameter, None)
+
+    def of(self, sub_net: str) -> dict[str, Tensor]:
+        """Return all masks of a sub-net by parameter name: a new dict of the store's own tensors.
+
+        Raises:
+            ConfigError: If there is no such sub-net.
+        """
+        return dict(self._of(sub_net))
+
+    def kept(self, sub_net: str, parameter: str | None = None) -> int:
+        """Return how many weights a sub-net keeps, of one parameter or of all.
+
+        Raises:
+            ConfigError: If there is no such sub-net or parameter.
+        """
+        masks, known = self._of(sub_net), self._kept[sub_net]
+        wanted = self._wanted(parameter)
+        missing = [name for name in wanted if name not in known]
+        if missing:
+            known.update(zip(missing, _count([masks[name] for name in missing]), strict=True))
+        return sum(known[name] for name in wanted)
+
+    def total(self, parameter: str | None = None) -> int:
+        """Return how many prunable weights there are, in one parameter or in all.
+
+        Raises:
+            ConfigError: If there is no such parameter.
+        """
+        return sum(self._totals[name] for name in self._wanted(parameter))
+
+    def sparsity(self, sub_net: str, parameter: str | None = None) -> float:
+        """Return the fraction of zeros in [0, 1], of one parameter or of all; 0 where there are no weights.
+
+        Raises:
+            ConfigError: If there is no such sub-net or parameter.
+        """
+        total = self.total(parameter)
+        return (total - self.kept(sub_net, parameter)) / total if total else 0.0
+
+    def overlap(self, a: str, b: str) -> float:
+        """Return the share of the weights kept by `a` that `b` keeps too, in [0, 1]; 0 if `a` keeps none.
+
+        Not symmetric: a dense sub-net may hold all of a sparse one, and the sparse one little of it.
+
+        Raises:
+            ConfigError: If there is no such sub-net.
+        """
+        ours, theirs, kept = self._of(a), self._of(b), self.kept(a)
+        if a == b or not kept:
+            return float(kept > 0)
+        shared = _count([ours[name] & theirs[name].to(ours[name].device) for name in self.parameters])
+        return sum(shared) / kept
+
+    def union(self, parameter: str) -> Tensor:
+        """Return which weights at least one sub-net keeps: a new bool tensor, on the first sub-net's device.
+
+        Raises:
+            ConfigError: If there is no such parameter.
+        """
+        self._check_parameter(parameter)
+        first, *others = (self._masks[sub_net][parameter] for sub_net in self.sub_nets)
+        union = first.clone()
+        for mask in others:
+            union |= mask.to(union.device)
+        return union
+
+    def pack(self, sub_net: str) -> dict[str, Tensor]:
+        """Return the masks of a sub-net by parameter name as `pack_bits` makes them, on the CPU.
+
+        Raises:
+            ConfigError: If there is no such sub-net.
+        """
+        return {name: pack_bits(mask) for name, mask in self._of(sub_net).items()}
+
+    def unpack(self, sub_net: str, packed: Mapping[str, Tensor]) -> None:
+        """Replace all masks of a sub-net by what `pack` returned; each goes to the device of the one it replaces.
+
+        Raises:
+            ConfigError: If there is no such sub-net.
+            StateError: If a parameter is missing or unknown, or a mask does not fit. No mask has changed then.
+        """
+        masks = self._of(sub_net)
+        for name in packed:
+            if name not in self.shapes:
+                raise StateError(
+                    f"masks of sub-net {sub_net!r} hold {name!r}, which is no prunable parameter of this model: "
+                    "they were saved with another model, or with another choice of include and exclude"
+                )
+        fresh: dict[str, Tensor] = {}
+        for name, shape in self.shapes.items():
+            if name not in packed:
+                raise StateError(
+                    f"masks of sub-net {sub_net!r} lack the parameter {name!r}: "
+                    "they were saved with another model, or with another choice of include and exclude"
+                )
+            try:
+                fresh[name] = unpack_bits(packed[name], shape).to(masks[name].device)
+            except StateError as error:
+                raise StateError(f"mask of {name!r} in sub-net {sub_net!r}: {error}") from None
+        masks.update(fresh)
+        self._kept[sub_net].clear()
+
+    def checksum(self, sub_net: str | None = None) -> str:
+        """Return a hash of parameter names, shapes and masks: the same in every process and on every device.
+
+        Two sub-nets with equal masks have equal checksums; without `sub_net`, the sub-nets' names count too.
+
+        Raises:
+            ConfigError: If there is no such sub-net.
+        """
+        digest = hashlib.sha256()
+        if sub_net is None:
+            for name in self.sub_nets:
+                digest.update(f"{name}\0{self.checksum(name)}\0".encode())
+        else:
+            for name, packed in self.pack(sub_net).items():
+                digest.update(f"{name}\0{self.shapes[name]}\0".encode())
+                digest.update(packed.numpy().tobytes())
+        return digest.hexdigest()
+
+    def _of(self, sub_net: str) -> dict[str, Tensor]:
+        try:
+            return self._masks[sub_net]
+        except KeyError:
+            raise ConfigError(f"unknown sub-net {sub_net!r}: {near_names(str(sub_net), self.sub_nets)}") from None
+
+    def _wanted(self, parameter: str | None) -> tuple[str, ...]:
+        if parameter is None:
+            return self.parameters
+        self._check_parameter(parameter)
+        return (parameter,)
+
+    def _check_parameter(self, parameter: str) -> None:
+        if parameter not in self.shapes:
+            raise ConfigError(
+                f"{parameter!r} is no prunable parameter of this run: {near_names(str(parameter), self.parameters)}"
+            )
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Return a mask with eight weights a byte.
+
+    Args:
+        mask: Bool, any shape, device and memory format.
+
+    Returns:
+        uint8, shape (ceil(numel / 8),), on the CPU. In row-major order weight i is bit i % 8 of byte i // 8, the
+        least significant bit first; spare bits of the last byte are 0.
+    """
+    flat = mask.detach().cpu().reshape(-1).numpy()
+    return torch.from_numpy(np.packbits(flat, bitorder="little"))
+
+
+def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the mask that `pack_bits` packed: bool, of `shape`, on the CPU.
+
+    Args:
+        packed: uint8, shape (ceil(numel / 8),).
+        shape: Shape of the mask.
+
+    Raises:
+        StateError: If dtype or length do not fit `shape`, or spare bits are set, which `pack_bits` never does.
+    """
+    count = math.prod(shape)
+    size = (count + 7) // 8
+    if packed.dtype != torch.uint8 or tuple(packed.shape) != (size,):
+        raise StateError(
+            f"packed mask for shape {tuple(shape)} must be {size} bytes of torch.uint8, "
+            f"got {packed.dtype} of shape {tuple(packed.shape)}"
+        )
+    data = packed.detach().cpu().contiguous().numpy()
+    if count % 8 and data[-1] >> (count % 8):
+        raise StateError(f"packed mask for shape {tuple(shape)} is damaged: bits are set past its last weight")
+    bits = np.unpackbits(data, count=count, bitorder="little")
+    return torch.from_numpy(bits.view(np.bool_)).reshape(tuple(shape))
+
+
+def _count(masks: Sequence[Tensor]) -> list[int]:
+    """Return the number of True in each mask; numpy counts bools six times as fast as torch does on a CPU."""
+    counts = [0] * len(masks)
+    waiting: dict[torch.device, list[int]] = {}
+    for i, mask in enumerate(masks):
+        if mask.device.type == "cpu":
+            counts[i] = int(np.count_nonzero(mask.numpy()))
+        else:
+            waiting.setdefault(mask.device, []).append(i)
+    for indices in waiting.values():  # one synchronisation a device, not one a mask
+        on_device = torch.stack([torch.count_nonzero(masks[i]) for i in indices]).tolist()
+        for i, count in zip(indices, on_device, strict=True):
+            counts[i] = count
+    return counts
