@@ -1,0 +1,239 @@
+"""The elastic file: all sub-nets of a run in one safetensors file (docs/elastic-file.md describes it byte by byte).
+
+A prunable weight is stored once, and only if some sub-net keeps it; what tells the sub-nets apart is one bit a weight.
+Private normalisation state is stored per sub-net, everything else of the state dict once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ast_plugin.config import ASTConfig
+from ast_plugin.elastic_contents import ElasticContents, StoredSubNet, StoredTensor, tensor_key
+from ast_plugin.errors import ASTError, ConfigError, ElasticFileError, near_names
+from ast_plugin.masks import MaskStore, pack_bits
+from ast_plugin.sealed_file import read_sealed, write_sealed
+from ast_plugin.sub_nets import SubNetSpec
+
+
+def write_elastic(
+    path: str | os.PathLike[str],
+    *,
+    state: Mapping[str, Tensor],
+    masks: MaskStore,
+    private: Mapping[str, Mapping[str, Tensor]],
+    header: Mapping[str, Any],
+) -> None:
+    """Write all sub-nets of a model into one file, completely or not at all.
+
+    Args:
+        path: Where the file shall be; ``.safetensors`` is the customary suffix.
+        state: The model's state dict at rest, with the dense weights. Nothing is changed in it. Entries that are the
+            same tensor (tied parameters) are stored once.
+        masks: The masks of all sub-nets; their parameters are entries of `state`.
+        private: Sub-net name -> name in `state` -> that sub-net's own tensor, of the same shape and dtype.
+        header: What else the file shall tell, in plain containers; readers get it back as it is. Used here:
+            ``default_sub_net`` (None or absent: the densest), ``metrics`` (sub-net name -> metric -> value), and
+            ``specs`` (a sequence of `SubNetSpec` or their dicts) or else ``config`` for the target sparsities.
+
+    Raises:
+        ConfigError: If the arguments contradict each other, or hold something that the file cannot.
+        SaveError: If the file cannot be written; what stood at `path` is untouched.
+    """
+    header = {**header, **({"specs": [_as_dict(s) for s in header["specs"]]} if header.get("specs") else {})}
+    same_as = _aliases(state, prefer={*masks.parameters, *(name for own in private.values() for name in own)})
+    plain = {name: plain_tensor(name, value) for name, value in state.items() if name not in same_as}
+    _check_private(private, masks, state)
+    private = {
+        sub_net: {
+            name: plain_tensor(name, private[sub_net][name]) for name in private.get(sub_net, {}) if name not in same_as
+        }
+        for sub_net in masks.sub_nets
+    }
+    tensors: dict[str, Tensor] = {}
+    table = []
+    for name, value in state.items():
+        entry = StoredTensor(name=name, shape=tuple(value.shape), dtype=_dtype_name(value.dtype), kind="whole")
+        if name in same_as:
+            entry = dataclasses.replace(entry, kind="alias", same_as=same_as[name])
+        elif name in masks.parameters:
+            entry = dataclasses.replace(entry, kind="masked")
+            union = masks.union(name).cpu().reshape(-1)
+            tensors[tensor_key("values", name)] = plain[name].reshape(-1)[union]
+            for sub_net in masks.sub_nets:
+                tensors[tensor_key("mask", name, sub_net)] = pack_bits(masks.get(sub_net, name)).cpu()
+        else:
+            owners = [sub_net for sub_net in masks.sub_nets if name in private[sub_net]]
+            for sub_net in owners:
+                tensors[tensor_key("private", name, sub_net)] = private[sub_net][name]
+            if len(owners) == len(masks.sub_nets):
+                entry = dataclasses.replace(entry, kind="private")
+            elif owners:
+                raise ConfigError(
+                    f"private holds {name!r} for {', '.join(owners)} only; give it for every sub-net or for none"
+                )
+            else:
+                tensors[tensor_key("whole", name)] = plain[name]
+        table.append(entry.to_dict())
+    sub_nets = _sub_net_records(masks, header)
+    write_sealed(
+        path,
+        _unshared(tensors),
+        {
+            "default_sub_net": _default_sub_net(sub_nets, header),
+            "sub_nets": [dataclasses.asdict(record) for record in sub_nets],
+            "tensors": table,
+            "run": header,
+        },
+    )
+
+
+def read_elastic(path: str | os.PathLike[str]) -> ElasticContents:
+    """Read an elastic file, without a model.
+
+    Args:
+        path: A file that `write_elastic` wrote.
+
+    Raises:
+        ElasticFileError: If the file is missing, foreign, truncated, damaged, or of a newer format version; the message
+            says which, and what to do.
+    """
+    header, tensors = read_sealed(path)
+    try:
+        return ElasticContents(path=os.fspath(path), header=header, tensors=tensors)
+    except (ASTError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        # Every byte is as it was written, so the writer did not follow the format.
+        raise ElasticFileError(
+            f"{os.fspath(path)!r} does not follow the elastic format: {type(error).__name__}: {error}; "
+            "save it again with save() of this package"
+        ) from error
+
+
+def plain_tensor(name: str, value: Any) -> Tensor:
+    """Return `value` as a contiguous CPU tensor in the layout that a file can hold, sharing memory where it can.
+
+    Args:
+        name: The entry of the state dict, for the error.
+        value: What the state dict holds there.
+
+    Raises:
+        ConfigError: If it is no tensor, or a sparse, quantized or meta tensor, or one of double complex numbers.
+    """
+    if not isinstance(value, Tensor):
+        raise ConfigError(
+            f"the state dict's entry {name!r} is a {type(value).__name__}, and an elastic file holds tensors only; "
+            "remove the get_extra_state method that makes it, or let it return a tensor"
+        )
+    if value.layout != torch.strided or value.is_quantized or value.is_meta or value.dtype == torch.complex128:
+        raise ConfigError(
+            f"the state dict's entry {name!r} is a {value.layout} tensor of {value.dtype} on {value.device}, which an "
+            "elastic file cannot hold; convert the model before saving"
+        )
+    return value.detach().cpu().contiguous()
+
+
+def _aliases(state: Mapping[str, Any], prefer: set[str]) -> dict[str, str]:
+    """Return the entries that are another entry's very tensor, each with the entry that stands for both.
+
+    Args:
+        state: A state dict.
+        prefer: Names that shall stand for their group; otherwise the first one does.
+    """
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.layout == torch.strided and value.numel() and not value.is_meta:
+            # Views of one memory that differ in place, shape or order are different tensors and are stored apart.
+            identity = (value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
+            groups.setdefault(identity, []).append(name)
+    same_as = {}
+    for names in groups.values():
+        first = next((name for name in names if name in prefer), names[0])
+        same_as.update({name: first for name in names if name != first})
+    return same_as
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with those copied that overlap in memory, which safetensors refuses."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        result[key] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return result
+
+
+def _check_private(private: Mapping[str, Mapping[str, Tensor]], masks: MaskStore, state: Mapping[str, Tensor]) -> None:
+    for name in masks.parameters:
+        if name not in state:
+            raise ConfigError(f"masks name {name!r}, which the state dict lacks; {near_names(name, state)}")
+        if tuple(state[name].shape) != tuple(masks.shapes[name]):
+            raise ConfigError(
+                f"masks of {name!r} have shape {tuple(masks.shapes[name])}, and the state dict's tensor has "
+                f"{tuple(state[name].shape)}; both must come from one model"
+            )
+    for sub_net, own in private.items():
+        if sub_net not in masks.sub_nets:
+            raise ConfigError(f"private names no sub-net of the masks: {near_names(sub_net, masks.sub_nets)}")
+        for name, value in own.items():
+            if name not in state or name in masks.parameters:
+                raise ConfigError(
+                    f"private[{sub_net!r}] holds {name!r}, which must be an entry of the state dict without masks"
+                )
+            if value.shape != state[name].shape or value.dtype != state[name].dtype:
+                raise ConfigError(
+                    f"private[{sub_net!r}][{name!r}] is {tuple(value.shape)} of {value.dtype}, and the state dict's "
+                    f"entry is {tuple(state[name].shape)} of {state[name].dtype}; they must be alike"
+                )
+
+
+def _sub_net_records(masks: MaskStore, header: Mapping[str, Any]) -> list[StoredSubNet]:
+    specs = _specs(header)
+    metrics = header.get("metrics") or {}
+    for name in metrics:
+        if name not in masks.sub_nets:
+            raise ConfigError(f"header['metrics'] names no sub-net: {name!r}; {near_names(name, masks.sub_nets)}")
+    return [
+        StoredSubNet(
+            name=name,
+            target_sparsity=specs[name].sparsity if name in specs else None,
+            sparsity=masks.sparsity(name),
+            kept=masks.kept(name),
+            total=masks.total(),
+            pattern=specs[name].pattern if name in specs else None,
+            metrics=dict(metrics.get(name) or {}),
+        )
+        for name in masks.sub_nets
+    ]
+
+
+def _specs(header: Mapping[str, Any]) -> dict[str, SubNetSpec]:
+    if header.get("specs"):
+        return {spec["name"]: SubNetSpec(**spec) for spec in header["specs"]}
+    if header.get("config"):
+        return {spec.name: spec for spec in ASTConfig.from_dict(header["config"]).sub_nets}
+    return {}
+
+
+def _as_dict(spec: SubNetSpec | Mapping[str, Any]) -> dict[str, Any]:
+    return dataclasses.asdict(spec) if isinstance(spec, SubNetSpec) else dict(spec)
+
+
+def _default_sub_net(sub_nets: Sequence[StoredSubNet], header: Mapping[str, Any]) -> str:
+    name = header.get("default_sub_net")
+    names = [record.name for record in sub_nets]
+    if name is None:
+        return max(sub_nets, key=lambda record: record.kept).name
+    if name not in names:
+        raise ConfigError(f"header['default_sub_net'] names no sub-net: {name!r}; {near_names(str(name), names)}")
+    return str(name)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
