@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 NOT_EXECUTED: dict[str, int] = {}  # page: number of blocks marked as not executed
 
-_BLOCK = re.compile(r"^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>\w+)\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 _MARK = re.compile(r"<!-- not executed: (?P<reason>.+?) -->\s*\Z")
 _SECTION = re.compile(r"^(?P<title>[A-Z]\w+):$")
 _ENTRY = re.compile(r"^ {4}(?P<names>\*{0,2}\w+(, \*{0,2}\w+)*)( \(.*\))?:")
@@ -45,7 +45,7 @@ def blocks_of(text: str, language: str) -> list[Block]:
         if match["language"] == language:
             mark = _MARK.search(text[: match.start()])
             line = text[: match.start("code")].count("\n") + 1
-            found.append(Block(match["code"], line, mark["reason"] if mark else None))
+            found.append(Block(textwrap.dedent(match["code"]), line, mark["reason"] if mark else None))
     return found
 
 
@@ -182,15 +182,17 @@ a = 2
 make demo
 ```
 
-```python
-b = a + 1
-```
+- item
+
+  ```python
+  b = a + 1
+  ```
 """
 
 
 def test_blocks_share_a_namespace_and_marked_ones_are_left_out() -> None:
     blocks = blocks_of(PAGE, "python")
-    assert [(block.line, block.reason) for block in blocks] == [(4, None), (10, "needs a cluster"), (18, None)]
+    assert [(block.line, block.reason) for block in blocks] == [(4, None), (10, "needs a cluster"), (20, None)]
     assert run_blocks(blocks, "page.md")["b"] == 2
 
 

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+from ast_plugin.version import __version__
+
+project = "ast_plugin"
+author = "the ast_plugin authors"
+project_copyright = author
+version = release = __version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"ast_plugin {version}"
+
+# Single backticks in docstrings mark code, as in Markdown.
+default_role = "code"
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
