@@ -1,0 +1,220 @@
+"""Sub-nets from an elastic file on a model without an optimizer, switched at run time by pointer.
+
+Every tensor that differs between sub-nets is built once for each of them when the file is loaded; a switch then
+only tells the model's tensors which memory to use. How that is done was measured, benchmarks/switching.py repeats it
+(ResNet-50, 318 tensors, one core of an AMD EPYC 9554P):
+
+* ``tensor.data = prebuilt``, 0.09 ms, chosen: tied weights, LSTMs (whose module keeps a list of its own),
+  optimizers and compiled graphs all hold the tensor object itself and see the new memory.
+* Replacing the entry in ``module._parameters``, 0.01 ms: leaves all of those behind with the old weights.
+* Copying into the tensor, 20 ms; multiplying by a mask, 13-28 ms.
+
+DESIGN.md, 4 forbids swapping ``.data`` in training, where graphs, FSDP and activation checkpoints keep memory of their
+own between forward and backward. Here nothing is in flight between two calls of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ast_plugin.elastic_contents import ElasticContents
+from ast_plugin.elastic_file import read_elastic
+from ast_plugin.elastic_fit import ModelTensors, check_fit, file_names
+from ast_plugin.errors import ActivationError, ConfigError, near_names
+
+
+def load(path: str | os.PathLike[str], model: nn.Module) -> Elastic:
+    """Load an elastic file into a model of the same architecture, ready to switch between its sub-nets.
+
+    Everything is checked before the model is touched. Values go to the device and floating-point type that each of the
+    model's tensors has. The default sub-net is active afterwards; training mode and ``requires_grad`` stay as they are.
+
+    Args:
+        path: An elastic file.
+        model: The network, built as it was for training; also compiled, or wrapped for data-parallel use.
+
+    Raises:
+        ElasticFileError: If the file is missing, foreign, damaged or too new, or was made for another architecture; the
+            message lists the first differences. The model is unchanged then.
+    """
+    contents = read_elastic(path)
+    tensors = ModelTensors(model)
+    check_fit(contents, tensors)
+    return Elastic(model, contents, tensors)
+
+
+class Elastic:
+    """A model that can be any sub-net of an elastic file; `load` makes it.
+
+    The tensors of the active sub-net are the model's own: what changes the model in place (an optimizer, BatchNorm in
+    training mode, ``load_state_dict``) changes that sub-net. ``model.to(...)`` may be used; the other sub-nets follow
+    at the next switch. A switch concerns the model, hence every thread that uses it: do not switch during a forward
+    pass.
+
+    Args:
+        model: The model as the caller uses it.
+        contents: What `read_elastic` returned.
+        tensors: The model's tensors, already found to fit.
+
+    Attributes:
+        model: The model as the caller uses it.
+        path: The file that it came from.
+        sub_nets: Names of the sub-nets.
+        default_sub_net: The one that is active after loading.
+        records: What the file says about each sub-net, by name.
+        header: What the run that wrote the file put in its header.
+    """
+
+    def __init__(self, model: nn.Module, contents: ElasticContents, tensors: ModelTensors) -> None:
+        self.model = model
+        self.path = contents.path
+        self.sub_nets = contents.sub_nets
+        self.default_sub_net = contents.default_sub_net
+        self.records = contents.records
+        self.header = contents.header
+        self._tensors = tensors
+        stored = file_names(contents)
+        self._swapped = [name for name in tensors.unique() if not contents.is_shared(stored[name])]
+        # Tensors made under inference mode could never take part in training later.
+        with torch.inference_mode(False), torch.no_grad():
+            self._own = {
+                sub_net: [_like(tensors[name], contents.tensor(sub_net, stored[name])) for name in self._swapped]
+                for sub_net in self.sub_nets
+            }
+            swapped = set(self._swapped)
+            for name in tensors.unique():
+                if name not in swapped:
+                    tensors[name].copy_(contents.tensor(self.default_sub_net, stored[name]))
+        self._active = self.default_sub_net
+        self._slots = [tensors.slot(name) for name in self._swapped]
+        self._addresses = {sub_net: [tensor.data_ptr() for tensor in own] for sub_net, own in self._own.items()}
+        self._install(self._own[self._active])
+
+    @property
+    def active(self) -> str:
+        """Name of the sub-net that the model is now."""
+        return self._active
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Sub-net name -> metric name -> value, as saved with the file."""
+        return {name: dict(record.metrics) for name, record in self.records.items()}
+
+    def switch(self, name: str) -> None:
+        """Make the model the sub-net `name`. Takes about 0.1 ms for a ResNet-50, whatever the sizes of its tensors.
+
+        Raises:
+            ConfigError: If there is no such sub-net; the message offers the near names.
+            ActivationError: If tensors of the model were taken away or reshaped since it was loaded. Nothing has
+                changed then.
+        """
+        self._check_sub_net(name)
+        if name == self._active:
+            return
+        self._follow_model()
+        before = self._active
+        try:
+            self._install(self._own[name])
+            self._active = name
+        except BaseException:
+            # An interrupt in between must not leave a model that is half one sub-net and half another.
+            self._install(self._own[before])
+            self._active = before
+            raise
+
+    @contextlib.contextmanager
+    def sub_net(self, name: str) -> Iterator[nn.Module]:
+        """Make the model the sub-net `name` for the duration of a ``with`` block, and then what it was before.
+
+        Args:
+            name: The sub-net.
+
+        Yields:
+            The model.
+
+        Raises:
+            ConfigError: If there is no such sub-net.
+        """
+        before = self._active
+        self.switch(name)
+        try:
+            yield self.model
+        finally:
+            self.switch(before)
+
+    def materialize(self, name: str) -> dict[str, Tensor]:
+        """Return a sub-net as an ordinary state dict, whichever is active.
+
+        Args:
+            name: The sub-net.
+
+        Returns:
+            New tensors on the model's devices, in the order and with the names of the bare model's state dict. Tied
+            entries are one tensor.
+
+        Raises:
+            ConfigError: If there is no such sub-net.
+            ActivationError: If tensors of the model were taken away or reshaped since it was loaded.
+        """
+        self._check_sub_net(name)
+        self._follow_model()
+        own = dict(zip(self._swapped, self._own[name], strict=True))
+        with torch.inference_mode(False), torch.no_grad():
+            state = {key: own.get(key, self._tensors[key]).detach().clone() for key in self._tensors.unique()}
+        return {key: state[self._tensors.first_name(key)] for key in self._tensors}
+
+    def __repr__(self) -> str:
+        return f"Elastic({self.path!r}, sub_nets={self.sub_nets!r}, active={self._active!r})"
+
+    def _check_sub_net(self, name: str) -> None:
+        if name not in self._own:
+            raise ConfigError(f"unknown sub-net {name!r}: {near_names(str(name), self.sub_nets)}")
+
+    def _install(self, own: list[Tensor]) -> None:
+        for (slots, attribute), tensor in zip(self._slots, own, strict=True):
+            slots[attribute].data = tensor
+        # Autocast keeps low-precision copies by tensor object, which stays the same; they would be the old weights.
+        torch.clear_autocast_cache()
+
+    def _follow_model(self) -> None:
+        """Notice tensors that were moved, converted or replaced since the last switch, and adopt them.
+
+        Comparing addresses costs a fifth of comparing devices and dtypes, and sees replaced tensors too.
+        """
+        addresses = self._addresses[self._active]
+        try:
+            current = [slots[attribute].data_ptr() for slots, attribute in self._slots]
+        except (KeyError, AttributeError):
+            current = [
+                self._tensors[name].data_ptr() for name in self._swapped
+            ]  # raises and names the one that is gone
+        if current == addresses:
+            return
+        moved = [index for index, address in enumerate(addresses) if address != current[index]]
+        fresh: dict[tuple[str, int], Tensor] = {}
+        with torch.inference_mode(False), torch.no_grad():
+            for index in moved:
+                now = self._tensors[self._swapped[index]].data
+                for sub_net in self.sub_nets:
+                    own = self._own[sub_net][index]
+                    if own.shape != now.shape:
+                        raise ActivationError(
+                            f"{self._swapped[index]!r} has shape {tuple(now.shape)} now and had {tuple(own.shape)} "
+                            f"when {self.path!r} was loaded into the model; load a file that fits"
+                        )
+                    fresh[sub_net, index] = now if sub_net == self._active else _like(now, own)
+        for (sub_net, index), tensor in fresh.items():
+            self._own[sub_net][index] = tensor
+            self._addresses[sub_net][index] = tensor.data_ptr()
+
+
+def _like(target: Tensor, source: Tensor) -> Tensor:
+    """Return `source` with the device, dtype and memory order of `target`; `source` itself if it has them already."""
+    if (source.device, source.dtype, source.stride()) == (target.device, target.dtype, target.stride()):
+        return source
+    return torch.empty_like(target, requires_grad=False).copy_(source)
