@@ -1,0 +1,151 @@
+"""Theoretical floating-point operations of a network, with each prunable weight's share.
+
+Counted by `torch.utils.flop_counter`: matrix products, convolutions and attention, two operations a multiply-add;
+additions of biases, normalisation and activation functions count for nothing. A sub-net's figure scales every
+prunable layer's share by that layer's density. It is what a runtime that skips every zero would do: masked dense
+tensors do the dense work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ast_plugin.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlopCount:
+    """Operations of one forward pass.
+
+    Attributes:
+        total: Of the whole dense network.
+        layers: Parameter name -> operations that read this parameter; 0 for one that the forward pass does not use.
+    """
+
+    total: int
+    layers: dict[str, int]
+
+    def at_sparsity(self, sparsity: Mapping[str, float]) -> int:
+        """Return the operations left when each layer's share is scaled by its density.
+
+        Args:
+            sparsity: Parameter name -> fraction of zeros, in [0, 1]; parameters left out count as dense.
+        """
+        saved = sum(self.layers.get(name, 0) * value for name, value in sparsity.items())
+        return round(self.total - saved)
+
+
+def count_flops(model: nn.Module, parameters: Sequence[str], example_inputs: Any) -> FlopCount:
+    """Run the model once in eval mode and without gradients, and count its operations.
+
+    Training mode is restored module by module afterwards; nothing else of the model changes.
+
+    Args:
+        model: The network, with its parameters on the device of the example.
+        parameters: Names of the parameters whose share is wanted.
+        example_inputs: What the model takes: a tensor (or any single argument), a tuple or list of positional
+            arguments, or a mapping of keyword arguments.
+
+    Raises:
+        ConfigError: If the model cannot be run on the example; the model's own error is chained.
+    """
+    named = {_plain_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    # By storage: a transposed, chunked or reshaped view of a weight still reads that weight.
+    owners = {
+        named[_plain_name(name)].untyped_storage().data_ptr(): name for name in parameters if _plain_name(name) in named
+    }
+    owners.pop(0, None)
+    counter = FlopCounterMode(display=False)
+    attribution = _Attribution(counter, owners)
+    try:
+        with _evaluating(model), torch.no_grad(), counter, attribution:
+            _call(model, example_inputs)
+    except Exception as error:
+        raise ConfigError(
+            f"example_inputs ({describe_inputs(example_inputs)}) cannot be run through the model: "
+            f"{type(error).__name__}: {error}; give a tensor, a tuple of arguments or a mapping of keyword arguments "
+            "that model(...) accepts, on the model's device"
+        ) from error
+    return FlopCount(
+        total=counter.get_total_flops(), layers={name: attribution.layers.get(name, 0) for name in parameters}
+    )
+
+
+def describe_inputs(example_inputs: Any) -> str:
+    """Return the shapes of an example input, such as ``1 x 3 x 32 x 32`` or ``input_ids: 1 x 128``."""
+    if isinstance(example_inputs, Tensor):
+        return " x ".join(str(size) for size in example_inputs.shape) or "one number"
+    if isinstance(example_inputs, Mapping):
+        return ", ".join(f"{name}: {describe_inputs(value)}" for name, value in example_inputs.items()) or "no input"
+    if isinstance(example_inputs, (tuple, list)):
+        return ", ".join(describe_inputs(value) for value in example_inputs) or "no input"
+    return type(example_inputs).__name__
+
+
+class _Attribution(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    """Assigns the growth of the counter's total during an operation to the parameter which that operation reads."""
+
+    def __init__(self, counter: FlopCounterMode, owners: Mapping[int, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self.counter = counter
+        self.owners = owners
+        self.layers: dict[str, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        before = self.counter.get_total_flops()
+        result = func(*args, **(kwargs or {}))
+        grown = self.counter.get_total_flops() - before
+        if grown:
+            owner = self._owner((*args, *(kwargs or {}).values()))
+            if owner is not None:
+                self.layers[owner] = self.layers.get(owner, 0) + grown
+        return result
+
+    def _owner(self, values: Sequence[Any]) -> str | None:
+        for value in values:
+            # Exact classes only: other subclasses (nested, distributed) need not have a storage.
+            if type(value) in (Tensor, nn.Parameter):
+                owner = self.owners.get(value.untyped_storage().data_ptr())
+                if owner is not None:
+                    return owner
+        return None
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no compiled code and no fused attention path, both of which hide operations from the counter."""
+    training = [(module, module.training) for module in model.modules()]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        model.eval()
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, mode in training:
+            module.training = mode
+
+
+def _call(model: nn.Module, example_inputs: Any) -> None:
+    if isinstance(example_inputs, Mapping):
+        model(**example_inputs)
+    elif isinstance(example_inputs, (tuple, list)):
+        model(*example_inputs)
+    else:
+        model(example_inputs)
+
+
+def _plain_name(name: str) -> str:
+    """Return a parameter's name without the segment that `torch.compile` puts in."""
+    return ".".join(segment for segment in name.split(".") if segment != "_orig_mod")
