@@ -143,9 +143,7 @@ def resolve_calendars(config: ASTConfig, sub_nets: int) -> tuple[MaskCalendar, .
             problem += f"; the smallest total_steps that works with these settings is {smallest}"
         raise ConfigError(problem)
     return tuple(
-        MaskCalendar(
-            begin=begin, end=end, interval=interval, offset=i * interval // sub_nets if config.stagger else 0
-        )
+        MaskCalendar(begin=begin, end=end, interval=interval, offset=i * interval // sub_nets if config.stagger else 0)
         for i in range(sub_nets)
     )
 
