@@ -28,7 +28,7 @@ find_python() {
         printf '%s\n' "$PYTHON"
         return
     fi
-    for candidate in python3 python3.13 python3.12 python3.11 python; do
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11 python; do
         if command -v "$candidate" >/dev/null 2>&1 && "$candidate" -c "$recent" >/dev/null 2>&1; then
             printf '%s\n' "$candidate"
             return
@@ -49,10 +49,23 @@ make_venv() {
     "$python" -m venv --clear .venv
 }
 
+moved() {
+    for old in .venv/.ast-plugin-*; do
+        if [ -f "$old" ] && [ "$(head -n 1 "$old")" != "$(pwd)" ]; then
+            return 0
+        fi
+    done
+    return 1
+}
+
 if [ ! -e .venv ]; then
     make_venv
 elif ! "$venv_python" -c '' >/dev/null 2>&1; then
-    say ".venv has no working Python any more (moved, or its Python was removed): making it anew."
+    say ".venv has no working Python any more: making it anew."
+    make_venv
+elif moved; then
+    say "This folder was moved or copied, and paths inside .venv and .tox are those of the old place: making them anew."
+    rm -rf .tox
     make_venv
 elif ! "$venv_python" -c "$recent"; then
     stop ".venv holds $("$venv_python" --version), but 3.11 or newer is needed. Remove it with: make clean"
@@ -62,7 +75,11 @@ elif ! "$venv_python" -m pip --version >/dev/null 2>&1; then
 fi
 
 stamp=.venv/.ast-plugin-$purpose
-state="$(pwd) $("$venv_python" --version) $(cksum <pyproject.toml)"
+state=$(
+    pwd
+    "$venv_python" --version
+    cksum <pyproject.toml
+)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ]; then
     say "Using .venv as it is ($purpose)."
     exit 0
