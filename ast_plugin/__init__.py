@@ -1,1 +1,49 @@
-"""Alternating sparse training: several sparse sub-nets of one network from one ordinary training run."""
+"""Alternating sparse training: several sparse sub-nets of one network from one ordinary training run.
+
+Source: Yang, Meng, Seo, Fan: "Get More at Once: Alternating Sparse Training with Gradient Correction", NeurIPS 2022.
+"""
+
+from ast_plugin.config import ASTConfig, CorrectionOptions
+from ast_plugin.elastic import Elastic, load
+from ast_plugin.errors import (
+    ActivationError,
+    ASTError,
+    ConfigError,
+    ElasticFileError,
+    MissingExtraError,
+    PluginError,
+    SaveError,
+    SelectionError,
+    StateError,
+    WrapError,
+)
+from ast_plugin.hookspecs import hookimpl
+from ast_plugin.methods import Method, ScoreInputs
+from ast_plugin.sub_nets import SubNetSpec
+from ast_plugin.training import AlternatingSparseTraining
+from ast_plugin.version import __version__
+from ast_plugin.wrapping import wrap
+
+__all__ = [
+    "ASTConfig",
+    "ASTError",
+    "ActivationError",
+    "AlternatingSparseTraining",
+    "ConfigError",
+    "CorrectionOptions",
+    "Elastic",
+    "ElasticFileError",
+    "Method",
+    "MissingExtraError",
+    "PluginError",
+    "SaveError",
+    "ScoreInputs",
+    "SelectionError",
+    "StateError",
+    "SubNetSpec",
+    "WrapError",
+    "__version__",
+    "hookimpl",
+    "load",
+    "wrap",
+]

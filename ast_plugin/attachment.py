@@ -1,0 +1,178 @@
+"""Hooks on the user's own model and optimizer: public torch hooks only, no subclass, no wrapper, all removable.
+
+The model gets a forward pre-hook, a forward hook and state-dict hooks; the optimizer gets step and state-dict hooks.
+What they report is described by `TrainingEvents`. Copies of the model (``copy.deepcopy``, pickling) carry hooks that
+do nothing, so they are ordinary dense models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_attached: weakref.WeakSet[object] = weakref.WeakSet()
+
+
+class TrainingEvents(Protocol):
+    """What a controller is told, in the order of one training step."""
+
+    def before_forward(self) -> None:
+        """The model's forward is about to run."""
+
+    def after_forward(self, raised: bool) -> bool:
+        """The forward has run, or raised. Returns whether the end of backward is to be reported."""
+
+    def after_backward(self) -> None:
+        """Backward has ended, normally or by an exception."""
+
+    def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """The optimizer is about to step. May return the arguments to call its step with instead."""
+
+    def after_step(self) -> None:
+        """The optimizer's step has returned."""
+
+    def before_state_access(self) -> None:
+        """A state dict of the model or optimizer is about to be read or loaded."""
+
+    def add_state(self, state_dict: dict[str, Any]) -> None:
+        """Add to the optimizer's state dict, in place."""
+
+    def take_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the optimizer's state dict without what `add_state` put there; the argument is left as it is."""
+
+
+class Attachment:
+    """The registered hooks of one controller.
+
+    Args:
+        model: The outermost module that the training loop calls.
+        optimizer: The torch optimizer whose ``step`` really runs.
+        events: Who is told.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, events: TrainingEvents) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._events = events
+        self._reported = True
+        self._handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(_ModelHook(_uncompiled(self._before_forward)), prepend=True),
+            model.register_forward_hook(_ModelHook(_uncompiled(self._after_forward)), always_call=True),
+            model.register_state_dict_pre_hook(_ModelHook(self._before_state_access)),
+            model.register_load_state_dict_pre_hook(_ModelHook(self._before_state_access)),
+            optimizer.register_step_pre_hook(lambda _, args, kwargs: events.before_step(args, kwargs)),
+            optimizer.register_step_post_hook(lambda *_: events.after_step()),
+            optimizer.register_state_dict_pre_hook(lambda _: events.before_state_access()),
+            optimizer.register_state_dict_post_hook(lambda _, state: events.add_state(state)),
+            optimizer.register_load_state_dict_pre_hook(lambda _, state: events.take_state(state)),
+        ]
+        _attached.update((model, optimizer))
+
+    def remove(self) -> None:
+        """Remove every hook."""
+        _attached.discard(self._model)
+        _attached.discard(self._optimizer)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _before_forward(self, module: nn.Module, *_: Any) -> None:
+        if module is self._model:
+            self._events.before_forward()
+
+    def _after_forward(self, module: nn.Module, _: Any, output: Any) -> None:
+        if module is self._model and self._events.after_forward(output is None):
+            self._report_end_of_backward(output)
+
+    def _before_state_access(self, module: nn.Module, *_: Any) -> None:
+        if module is self._model:
+            self._events.before_state_access()
+
+    def _report_end_of_backward(self, output: Any) -> None:
+        self._reported = False
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(self._backward_began)
+
+    def _backward_began(self, _: Tensor) -> None:
+        # From the outermost graph: a callback queued inside a nested backward (reentrant checkpointing) would come early.
+        if not self._reported:
+            self._reported = True
+            queue = torch.autograd.Variable._execution_engine.queue_callback  # type: ignore[attr-defined]  # no stub
+            queue(_EndOfBackward(self._events.after_backward))
+
+
+def attached_parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """Return which of the two carries hooks of a controller already, as words for a message; empty if none does."""
+    if any(module in _attached for module in model.modules()):
+        return "the model"
+    return "the optimizer" if optimizer in _attached else ""
+
+
+class _EndOfBackward:
+    """Reports once: when the autograd engine calls it, or drops it because backward raised."""
+
+    def __init__(self, report: Callable[[], None]) -> None:
+        self._report: Callable[[], None] | None = report
+
+    def __call__(self) -> None:
+        report, self._report = self._report, None
+        if report is not None:
+            report()
+
+    def __del__(self) -> None:
+        self()
+
+
+class _ModelHook:
+    """A module hook that stays behind when the module is copied or pickled."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self._function(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _idle_hook, ()
+
+
+def _idle_hook() -> Callable[..., None]:
+    return _idle
+
+
+def _idle(*_: Any, **__: Any) -> None:
+    """Do nothing: what a copied model carries in place of a hook."""
+
+
+def _uncompiled(function: _F) -> _F:
+    # Traced into a graph, the hook would run once instead of at every step.
+    disabled: _F = torch.compiler.disable(function)
+    return disabled
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Find the tensors in what a model returned: containers, mappings, dataclasses and plain objects."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple, set)):
+        for value in output:
+            yield from _tensors(value)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for field in dataclasses.fields(output):
+            yield from _tensors(getattr(output, field.name))
+    elif hasattr(output, "__dict__") and not isinstance(output, (type, nn.Module)):
+        for value in vars(output).values():
+            if isinstance(value, (Tensor, Mapping, list, tuple)):
+                yield from _tensors(value)

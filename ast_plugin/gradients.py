@@ -1,0 +1,184 @@
+"""Gradients of the active sub-net: masked as they arrive, kept dense where growth needs them, corrected before the step.
+
+Backward computes gradients with respect to the masked weights, which are dense. Masking them at accumulation makes
+clipping, logged norms and overflow checks see the active sub-net's gradient only.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from ast_plugin.activation import as_bytes
+from ast_plugin.correction import Correction
+from ast_plugin.masks import MaskStore
+
+CorrectGradients = Callable[..., Correction | None]
+
+
+class GradientMasks:
+    """Masks each prunable parameter's gradient as it is accumulated, and keeps dense ones aside on request.
+
+    Args:
+        parameters: The prunable parameters by name, resolved at every use.
+        masks: The masks.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], masks: MaskStore) -> None:
+        self._parameters = parameters
+        self._masks = masks
+        self._handles: dict[str, tuple[weakref.ref[Tensor], RemovableHandle]] = {}
+        self.sub_net: str | None = None
+        self._outside: dict[str, Tensor] | None = None
+        self._dense: dict[str, Tensor] = {}
+
+    def attach(self) -> None:
+        """Register the hooks, again on parameters that were replaced since."""
+        for name, parameter in self._parameters.items():
+            known = self._handles.get(name)
+            if known is not None:
+                if known[0]() is parameter:
+                    continue
+                known[1].remove()
+            handle = parameter.register_post_accumulate_grad_hook(_accumulation_hook(weakref.ref(self), name))
+            self._handles[name] = (weakref.ref(parameter), handle)
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for _, handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+
+    def begin(self, sub_net: str, *, capture: bool) -> None:
+        """Expect gradients of `sub_net`; called before every training forward.
+
+        Args:
+            sub_net: Whose mask applies.
+            capture: Whether the dense gradient is kept aside, summed over the micro-batches of the step.
+        """
+        self.sub_net = sub_net
+        if not capture:
+            self._outside = None
+        elif self._outside is None or self._is_new_step():
+            self._outside, self._dense = {}, {}
+
+    def end(self) -> None:
+        """Forget the sub-net and the dense gradient: the step is over, or was never made."""
+        self.sub_net = None
+        self._outside, self._dense = None, {}
+
+    def _is_new_step(self) -> bool:
+        # A step skipped by a gradient scaler leaves no trace but cleared gradients.
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        return not any(bool(g.any()) for g in gradients)
+
+    def accumulated(self, name: str, parameter: Tensor) -> None:
+        """Mask the gradient that was just accumulated into `parameter`, in place."""
+        gradient = parameter.grad
+        if self.sub_net is None or gradient is None:
+            return
+        mask = self._masks.get(self.sub_net, name)
+        partial = self._masks.kept(self.sub_net, name) != mask.numel()
+        with torch.no_grad():
+            if self._outside is None:
+                if partial:
+                    gradient.mul_(as_bytes(mask))
+                return
+            # Taken whole here, before clipping or unscaling: growth compares weights inside and outside the old mask.
+            # Inside, the gradient itself is the sum over micro-batches; outside, it was zeroed after each of them.
+            if partial:
+                outside = gradient.masked_fill(mask, 0)
+                earlier = self._outside.get(name)
+                self._outside[name] = outside if earlier is None else earlier.add_(outside)
+                gradient.mul_(as_bytes(mask))
+                self._dense[name] = gradient + self._outside[name]
+            else:
+                self._dense[name] = gradient.detach().clone()
+
+    def dense(self) -> dict[str, Tensor]:
+        """Return the dense gradients of this step by parameter name, summed over its micro-batches, unclipped."""
+        return dict(self._dense)
+
+    def mask_now(self, sub_net: str) -> None:
+        """Mask all gradients with the present masks of `sub_net`, in place: they changed since accumulation."""
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                if parameter.grad is not None and self._masks.kept(sub_net, name) != parameter.numel():
+                    parameter.grad.mul_(as_bytes(self._masks.get(sub_net, name)))
+
+
+class GradientReference:
+    """The previous sub-net's gradient, and the correction against it (Yang et al. 2022, section 3.3).
+
+    Args:
+        parameters: The prunable parameters by name, resolved at every use.
+        masks: The masks.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], masks: MaskStore) -> None:
+        self._parameters = parameters
+        self._masks = masks
+        self.sub_net: str | None = None
+        self._gradients: dict[str, Tensor] = {}
+
+    def correct(self, sub_net: str, correct: CorrectGradients, *, keep: bool) -> Correction | None:
+        """Correct the present gradients of `sub_net` against the reference, in place.
+
+        Args:
+            sub_net: The sub-net whose masked gradients the parameters hold.
+            correct: Called with ``gradients``, ``references``, ``names`` and ``sub_net``; the references are
+                restricted to the sub-net's mask first, and are used up by that.
+            keep: Whether these gradients, as they were before the correction, become the next reference.
+        """
+        names = [n for n, p in self._parameters.items() if p.grad is not None and n in self._gradients]
+        references = []
+        for name in names:
+            reference = self._gradients[name]
+            if self._masks.kept(sub_net, name) != reference.numel():
+                reference.mul_(as_bytes(self._masks.get(sub_net, name)))
+            references.append(reference)
+        gradients = [g for g in (self._parameters[name].grad for name in names) if g is not None]
+        uncorrected = self._copies() if keep else {}
+        correction = correct(gradients=gradients, references=references, names=names, sub_net=sub_net)
+        self._gradients = uncorrected
+        self.sub_net = sub_net if keep else None
+        return correction
+
+    def take(self, sub_net: str) -> None:
+        """Make the present gradients of `sub_net` the reference."""
+        self._gradients = self._copies()
+        self.sub_net = sub_net
+
+    def forget(self) -> None:
+        """Drop the reference."""
+        self._gradients = {}
+        self.sub_net = None
+
+    def _copies(self) -> dict[str, Tensor]:
+        return {n: p.grad.detach().clone() for n, p in self._parameters.items() if p.grad is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the reference as plain containers."""
+        return {"sub_net": self.sub_net, "gradients": dict(self._gradients)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.sub_net = state["sub_net"]
+        self._gradients = {
+            name: gradient.detach().to(self._parameters[name].device, copy=True)
+            for name, gradient in state["gradients"].items()
+        }
+
+
+def _accumulation_hook(owner: weakref.ref[GradientMasks], name: str) -> Callable[[Tensor], None]:
+    def hook(parameter: Tensor) -> None:
+        masks = owner()
+        if masks is not None:
+            masks.accumulated(name, parameter)
+
+    return hook

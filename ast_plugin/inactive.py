@@ -1,0 +1,91 @@
+"""What happens to weights outside the active mask when the optimizer steps.
+
+``coast`` needs no code: momentum and weight decay move them, as in the reference implementation. ``freeze`` is this
+module: inactive weights and their optimizer state are put back to what they were, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class FrozenInactive:
+    """Remembers weights and optimizer state before a step and puts the inactive part back afterwards.
+
+    State is covered where it has the shape of the weight (momentum, second moments ...). State of another shape
+    (step counters, Adafactor's rows and columns) belongs to the tensor as a whole and moves on.
+    """
+
+    def __init__(self) -> None:
+        self._weights: dict[str, Tensor] = {}
+        self._states: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is remembered."""
+        return not self._weights
+
+    def remember(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Copy weights and state of `parameters` (by name) before the optimizer steps."""
+        for name, parameter in parameters.items():
+            self._weights[name] = parameter.detach().clone()
+            self._states[name] = {
+                key: value.detach().clone() for key, value in _elementwise_state(parameter, optimizer).items()
+            }
+
+    def restore(
+        self, parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Put inactive weights and state back, in place, and forget the copies.
+
+        State that the optimizer created during this step had no earlier value: it is left alone where it is the same
+        number at every inactive position (the optimizer's own initial value), and zeroed otherwise.
+
+        Args:
+            parameters: Parameters by name.
+            masks: Bool masks of the sub-net that stepped, by parameter name; True = active.
+            optimizer: The optimizer that stepped.
+        """
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                before = self._weights.get(name)
+                if before is None:
+                    continue
+                mask = masks[name]
+                parameter.copy_(torch.where(mask, parameter, before))
+                for key, value in _elementwise_state(parameter, optimizer).items():
+                    old = self._states[name].get(key)
+                    if old is not None:
+                        value.copy_(torch.where(mask, value, old))
+                    elif not _constant(value[~mask]):
+                        value.mul_(mask)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the copies without restoring anything."""
+        self._weights.clear()
+        self._states.clear()
+
+
+def clear_state_at(parameter: Tensor, where: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Zero the optimizer state of `parameter` at the positions `where` (bool, same shape), in place."""
+    with torch.no_grad():
+        for value in _elementwise_state(parameter, optimizer).values():
+            value.masked_fill_(where, 0)
+
+
+def _elementwise_state(parameter: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the state tensors of `parameter` that hold one number a weight."""
+    state = optimizer.state.get(parameter, {})
+    return {
+        key: value
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape == parameter.shape
+    }
+
+
+def _constant(values: Tensor) -> bool:
+    return values.numel() == 0 or bool((values == values.flatten()[0]).all())

@@ -1,0 +1,143 @@
+"""Rules for mask updates: each is a drop score, a grow score and a schedule.
+
+A method says *which* weights are worth keeping and *when* the sparsity changes; how a score becomes a mask
+is the pattern's business, and how the sparsity is spread over the layers the distribution's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ast_plugin.schedules import constant_sparsity, cubic_sparsity
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreInputs:
+    """What a score may look at, for one parameter.
+
+    Attributes:
+        weight: Dense weights, any shape, floating point; not to be changed.
+        gradient: Dense gradient of the same shape, summed over the micro-batches of the step; None unless the
+            method asks for it.
+        mask: The sub-net's present mask, bool, same shape, True = kept.
+        generator: CPU generator seeded for this sub-net, step and parameter; the only legal source of chance.
+    """
+
+    weight: Tensor
+    gradient: Tensor | None
+    mask: Tensor
+    generator: torch.Generator
+
+
+Score = Callable[[ScoreInputs], Tensor]
+
+
+class SparsitySchedule(Protocol):
+    """A sparsity as a pure function of the step."""
+
+    def __call__(self, step: int, *, begin: int, end: int, initial: float, final: float) -> float:
+        """Return the sparsity at `step`, in [0, 1]."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """A rule for mask updates.
+
+    Attributes:
+        name: How users ask for it.
+        description: One line for listings, with the source.
+        drop_score: Score by which weights are kept: the lowest are dropped first.
+        grow_score: Score by which dropped weights come back: the highest first. None: nothing regrows.
+        needs_gradient: Whether `grow_score` or `drop_score` read the dense gradient.
+        sparsity_schedule: The sparsity as a function of the step.
+        reselect: True: every update picks the mask anew from all weights by `drop_score` (GMP, GraNet).
+            False: masks start at random and change by drop and regrow alone (SET, RigL).
+        updates: False: the first mask is the last (static).
+        initial_sparsity: Sparsity at the start of the ramp; None: the target from the start.
+        distribution: The distribution that the source prescribes.
+        grow_initialization: ``keep``: regrown weights go on from their shared value; ``zero``: from zero.
+    """
+
+    name: str
+    description: str
+    drop_score: Score
+    grow_score: Score | None = None
+    needs_gradient: bool = False
+    sparsity_schedule: SparsitySchedule = constant_sparsity
+    reselect: bool = False
+    updates: bool = True
+    initial_sparsity: float | None = None
+    distribution: str = "erk"
+    grow_initialization: Literal["keep", "zero"] = "keep"
+
+
+def magnitude(inputs: ScoreInputs) -> Tensor:
+    """Return |w|: same shape as the weight, never negative."""
+    return inputs.weight.detach().abs()
+
+
+def gradient_magnitude(inputs: ScoreInputs) -> Tensor:
+    """Return |dL/dw| of the dense gradient (Evci et al. 2020, algorithm 1); without a gradient, zeros."""
+    if inputs.gradient is None:
+        return torch.zeros_like(inputs.weight)
+    return inputs.gradient.detach().abs()
+
+
+def chance(inputs: ScoreInputs) -> Tensor:
+    """Return uniform random numbers in [0, 1), the same on every device and in every process."""
+    numbers = torch.rand(inputs.weight.shape, generator=inputs.generator)
+    return numbers.to(inputs.weight.device)
+
+
+STATIC = Method(
+    name="static",
+    description="random masks by distribution, fixed for the whole run",
+    drop_score=chance,
+    updates=False,
+)
+
+SET = Method(
+    name="set",
+    description="drop the smallest magnitudes, grow at random (Mocanu et al. 2018)",
+    drop_score=magnitude,
+    grow_score=chance,
+    grow_initialization="zero",
+)
+
+RIGL = Method(
+    name="rigl",
+    description="drop the smallest magnitudes, grow where the dense gradient is largest (Evci et al. 2020)",
+    drop_score=magnitude,
+    grow_score=gradient_magnitude,
+    needs_gradient=True,
+    grow_initialization="zero",
+)
+
+GMP = Method(
+    name="gmp",
+    description="cubic ramp of the sparsity, smallest magnitudes go (Zhu and Gupta 2017)",
+    drop_score=magnitude,
+    sparsity_schedule=cubic_sparsity,
+    reselect=True,
+    initial_sparsity=0.0,
+    distribution="global",
+)
+
+GRANET = Method(
+    name="granet",
+    description="GMP's ramp with drop and gradient regrowth at each update (Liu et al. 2021); the AST paper's",
+    drop_score=magnitude,
+    grow_score=gradient_magnitude,
+    needs_gradient=True,
+    sparsity_schedule=cubic_sparsity,
+    reselect=True,
+    initial_sparsity=0.0,
+    distribution="global",
+)
+
+BUILT_IN_METHODS: tuple[Method, ...] = (STATIC, SET, RIGL, GMP, GRANET)

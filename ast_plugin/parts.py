@@ -1,0 +1,70 @@
+"""The components of one run, built and checked by `ast_plugin.wrap` before anything touches the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ast_plugin.activation import MaskedActivation
+from ast_plugin.alternation import Alternation
+from ast_plugin.config import ASTConfig
+from ast_plugin.gradients import GradientMasks, GradientReference
+from ast_plugin.inactive import FrozenInactive
+from ast_plugin.masks import MaskStore
+from ast_plugin.methods import Method
+from ast_plugin.normalization import PrivateNormalization
+from ast_plugin.parameters import ParameterChoice
+from ast_plugin.plugins import PluginRegistry
+from ast_plugin.slots import ParameterSlots
+from ast_plugin.statistics import Statistics
+from ast_plugin.updates import MaskUpdater
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunParts:
+    """What a run is made of.
+
+    Attributes:
+        config: The settings.
+        names: Names of the sub-nets, in training order.
+        default: The sub-net that evaluation uses when none is chosen.
+        model: The outermost module that the training loop calls.
+        optimizer: The torch optimizer whose step really runs.
+        registry: Plugins, the built-ins among them.
+        choices: All parameters, prunable or not, with the reason.
+        parameters: The prunable parameters.
+        method: The rule for mask updates.
+        alternation: Which sub-net trains at a step.
+        masks: The masks of every sub-net.
+        updater: Makes the mask updates.
+        normalization: Private BatchNorm state.
+        activation: Puts a sub-net on the model.
+        gradients: Masks gradients as they arrive.
+        reference: The previous sub-net's gradient.
+        inactive: Freezes inactive weights; None lets them coast.
+        grow_initialization: Where regrown weights start: ``keep`` or ``zero``.
+        statistics: Counters.
+    """
+
+    config: ASTConfig
+    names: tuple[str, ...]
+    default: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    registry: PluginRegistry
+    choices: tuple[ParameterChoice, ...]
+    parameters: ParameterSlots
+    method: Method
+    alternation: Alternation
+    masks: MaskStore
+    updater: MaskUpdater
+    normalization: PrivateNormalization
+    activation: MaskedActivation
+    gradients: GradientMasks
+    reference: GradientReference
+    inactive: FrozenInactive | None
+    grow_initialization: Literal["keep", "zero"]
+    statistics: Statistics

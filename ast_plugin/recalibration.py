@@ -1,0 +1,75 @@
+"""BatchNorm statistics estimated anew from data, as in ``torch.optim.swa_utils.update_bn``, restored on any error."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ast_plugin.errors import ConfigError
+from ast_plugin.normalization import batch_norm_modules
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def recalibrate(
+    model: nn.Module, loader: Iterable[Any], *, forward: Forward | None = None, max_batches: int | None = None
+) -> None:
+    """Replace the running statistics of all BatchNorms by plain means over the batches of `loader`.
+
+    Everything but the statistics stays: weights, modes, momenta, and after an exception the statistics too.
+
+    Args:
+        model: The model as it is to be measured; it is run in eval mode but for its BatchNorms.
+        loader: Batches.
+        forward: How to run the model on a batch; None feeds a tensor, the first item of a tuple or list, or the items
+            of a mapping as keyword arguments, moved to the model's device.
+        max_batches: How many batches to use; None takes all.
+
+    Raises:
+        ConfigError: If the loader gives no batch.
+    """
+    norms = [m for m in batch_norm_modules(model).values() if m._buffers.get("running_mean") is not None]
+    if not norms:
+        return
+    run = forward or default_forward
+    modes = {module: module.training for module in model.modules()}
+    momenta = [module.momentum for module in norms]
+    before = [{key: b.clone() for key, b in module._buffers.items() if b is not None} for module in norms]
+    batches = 0
+    complete = False
+    try:
+        model.eval()
+        for module in norms:
+            module.reset_running_stats()  # type: ignore[operator]  # a BatchNorm method
+            module.momentum = None  # type: ignore[assignment]  # None: cumulative mean
+            module.train()
+        with torch.no_grad():
+            for batch in itertools.islice(iter(loader), max_batches):
+                run(model, batch)
+                batches += 1
+        if not batches:
+            raise ConfigError("loader gave no batch to recalibrate from; pass a re-iterable with at least one batch")
+        complete = True
+    finally:
+        for module, momentum, buffers in zip(norms, momenta, before, strict=True):
+            module.momentum = momentum
+            if not complete:
+                for key, value in buffers.items():
+                    buffer = module._buffers[key]
+                    if buffer is not None:
+                        buffer.copy_(value)
+        for module, training in modes.items():
+            module.training = training
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """Run `model` on a batch as most loaders give it: a tensor, (inputs, ...), or a mapping of keyword arguments."""
+    device = next(model.parameters()).device
+    if isinstance(batch, Mapping):
+        return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    return model(inputs.to(device))

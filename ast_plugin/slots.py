@@ -1,0 +1,53 @@
+"""Parameters addressed by name and looked up at every use.
+
+Holding a Parameter object across steps goes wrong silently when it is replaced: by `fully_shard`, by
+``load_state_dict(assign=True)``, by a conversion to another dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import nn
+
+from ast_plugin.errors import ActivationError
+
+
+class ParameterSlots(Mapping[str, nn.Parameter]):
+    """A read-only mapping from names to the parameters that the model holds right now.
+
+    Args:
+        model: The model whose ``named_parameters()`` the names come from.
+        names: The parameters to address.
+
+    Raises:
+        KeyError: If the model has no such parameter.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        modules = dict(model.named_modules())
+        self._places: dict[str, tuple[nn.Module, str]] = {}
+        for name in names:
+            path, _, attribute = name.rpartition(".")
+            if path not in modules or attribute not in modules[path]._parameters:
+                raise KeyError(name)
+            self._places[name] = (modules[path], attribute)
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        """Return the parameter of that name."""
+        module, attribute = self._places[name]
+        parameter = module._parameters[attribute]
+        if parameter is None:
+            raise ActivationError(
+                f"parameter {name!r} is gone: it was a weight to prune when the model was wrapped, and is None now; "
+                "call detach() before taking parameters away"
+            )
+        return parameter
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        """Return the number of parameters."""
+        return len(self._places)

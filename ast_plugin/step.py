@@ -1,0 +1,227 @@
+"""One optimizer step of the active sub-net: what is done before the user's optimizer runs, and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ast_plugin.correction import Correction
+from ast_plugin.distributed import average_over_ranks, check_same_on_all_ranks
+from ast_plugin.errors import ActivationError
+from ast_plugin.inactive import clear_state_at
+from ast_plugin.parts import RunParts
+
+
+class TrainingStep:
+    """Counts steps that really happened and keeps their order of events.
+
+    Args:
+        parts: The run's components.
+        owner: What plugins are given as ``training``.
+
+    Attributes:
+        number: Optimizer steps that have happened, which is also the number of the next one, from 0.
+        last_steps: For each sub-net, the step at which it was last trained, None before the first.
+    """
+
+    def __init__(self, parts: RunParts, owner: Any) -> None:
+        self._parts = parts
+        self._owner = owner
+        self.number = 0
+        self.last_steps: dict[str, int | None] = dict.fromkeys(parts.names)
+        self._begun = False
+        self._counts = False
+        self._carrying = False
+        self._correction: Correction | None = None
+
+    @property
+    def scheduled(self) -> str:
+        """The sub-net that the next step trains."""
+        return self._parts.names[self._parts.alternation.sub_net_at(self.number)]
+
+    def begin(self) -> None:
+        """A training forward is about to run for this step; there may be several (micro-batches)."""
+        parts, name = self._parts, self.scheduled
+        self.mend()
+        parts.gradients.attach()
+        due = parts.updater.is_due(name, self.number, self.last_steps[name])
+        parts.gradients.begin(name, capture=due and parts.method.needs_gradient)
+        self._begun = True
+
+    def prepare(self) -> None:
+        """Everything that comes before the optimizer's arithmetic."""
+        self._counts = self._happens()
+        if not self._counts:
+            return
+        self._update_masks()
+        self._correct()
+        self._hand_over()
+
+    def around(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Return a closure that prepares the gradients of the first evaluation for the optimizer.
+
+        Later evaluations within one step (line searches) see the same sub-net; their gradients are masked, not corrected.
+        """
+
+        def evaluate() -> Any:
+            self._restore_rest()
+            try:
+                loss = closure()
+            finally:
+                self._parts.activation.take_off()
+            if not self._counts:
+                self.prepare()
+            elif not self._carrying:
+                self._hand_over()
+            return loss
+
+        self._counts = False
+        return evaluate
+
+    def finish(self) -> None:
+        """Everything that comes after the optimizer's arithmetic."""
+        parts = self._parts
+        if not self._counts:
+            self.settle()
+            return
+        name = self.scheduled
+        if parts.inactive is not None:
+            parts.inactive.restore(parts.parameters, parts.masks.of(name), parts.optimizer)
+        self._restore_rest()
+        found = self._correction or Correction(checks=0, conflicts=0, cosines=[])
+        parts.statistics.step_finished(
+            self.number, name, checks=found.checks, conflicts=found.conflicts, cosines=found.cosines
+        )
+        finished = self.number
+        self.last_steps[name] = finished
+        self.number += 1
+        self._reset()
+        parts.registry.notify("ast_step_finished", training=self._owner, step=finished, sub_net=name)
+        if self.scheduled != name:
+            parts.registry.notify("ast_sub_net_switched", training=self._owner, sub_net=self.scheduled)
+        if self.number == parts.config.total_steps:
+            self._complete_masks()
+            parts.registry.notify("ast_training_finished", training=self._owner)
+
+    def settle(self) -> None:
+        """Bring model and optimizer to rest, wherever a step or a backward was broken off. Idempotent."""
+        self._parts.activation.take_off()
+        self._restore_rest()
+        if self._parts.inactive is not None:
+            self._parts.inactive.forget()
+
+    def mend(self) -> None:
+        """Bring things to rest if an earlier optimizer step raised halfway; cheap when none did."""
+        if self._carrying:
+            self.settle()
+
+    def restore(self, number: int, last_steps: Mapping[str, int | None]) -> None:
+        """Go on at step `number`, the sub-nets having last been trained at `last_steps`."""
+        self.number = number
+        self.last_steps = {name: last_steps[name] for name in self._parts.names}
+        self._reset()
+
+    def _reset(self) -> None:
+        self._begun = self._counts = False
+        self._correction = None
+        self._parts.gradients.end()
+
+    def _happens(self) -> bool:
+        """Return whether this call of ``optimizer.step`` is a step of the run."""
+        found_inf = getattr(self._parts.optimizer, "found_inf", None)
+        if found_inf is not None and float(found_inf) > 0:
+            return False
+        gradients = [p.grad for p in self._parts.parameters.values() if p.grad is not None]
+        if not gradients:
+            return False
+        if not self._begun:
+            if not any(bool(g.any()) for g in gradients):
+                return False  # torch.distributed.checkpoint steps once with zero gradients to create the state
+            raise ActivationError(
+                "optimizer.step() has gradients of prunable weights, but the wrapped model's forward did not run in "
+                "training mode since the last step, so no sub-net was on; call the model that was given to wrap() (or "
+                "a module around it), after model.train()"
+            )
+        return True
+
+    def _update_masks(self) -> None:
+        parts, name = self._parts, self.scheduled
+        if not parts.updater.is_due(name, self.number, self.last_steps[name]):
+            return
+        gradients = parts.gradients.dense() if parts.method.needs_gradient else None
+        if gradients is not None:
+            average_over_ranks(gradients)
+        update = parts.updater.update(name, self.number, dict(parts.parameters), gradients)
+        if parts.grow_initialization == "zero":
+            self._start_at_zero(name, update.grown)
+        parts.gradients.mask_now(name)
+        check_same_on_all_ranks(f"the masks of sub-net {name!r} at step {self.number}", parts.masks.checksum, name)
+        parts.statistics.masks_updated(self.number, name, target=update.target, achieved=update.achieved)
+        parts.registry.notify("ast_masks_updated", training=self._owner, sub_net=name, step=self.number)
+
+    def _start_at_zero(self, name: str, grown: dict[str, torch.Tensor]) -> None:
+        """Zero grown weights and their optimizer state, except where another sub-net keeps the weight."""
+        parts = self._parts
+        for parameter_name, mask in grown.items():
+            parameter = parts.parameters[parameter_name]
+            for other in parts.names:
+                if other != name:
+                    mask = mask & ~parts.masks.get(other, parameter_name)
+            with torch.no_grad():
+                parameter.masked_fill_(mask, 0)
+            clear_state_at(parameter, mask, parts.optimizer)
+
+    def _correct(self) -> None:
+        parts, name = self._parts, self.scheduled
+        options = parts.config.correction_options
+        if options.scope == "off" or len(parts.names) == 1:
+            return
+        alternation = parts.alternation
+        applies = options.first_step or not alternation.is_group_start(self.number)
+        keep = options.first_step or not alternation.is_group_start(self.number + 1)
+        reference = parts.reference
+        if applies and reference.sub_net is not None and reference.sub_net != name:
+            self._correction = reference.correct(name, self._project, keep=keep)
+        elif keep:
+            reference.take(name)
+        else:
+            reference.forget()
+
+    def _project(self, **arguments: Any) -> Correction | None:
+        return self._parts.registry.correct_gradients(options=self._parts.config.correction_options, **arguments)
+
+    def _hand_over(self) -> None:
+        """Give the optimizer the sub-net's own BatchNorm state, and remember what it must not move."""
+        parts, name = self._parts, self.scheduled
+        if parts.inactive is not None and parts.inactive.empty:
+            parts.inactive.remember(parts.parameters, parts.optimizer)
+        parts.normalization.carry_optimizer_state(
+            parts.optimizer, leaving=parts.normalization.carried, coming=name
+        )
+        parts.normalization.carry(name)
+        self._carrying = True
+
+    def _restore_rest(self) -> None:
+        """Bring the default's BatchNorm state back into model and optimizer, if another's is handed over."""
+        if self._carrying:
+            normalization = self._parts.normalization
+            normalization.carry_optimizer_state(
+                self._parts.optimizer, leaving=normalization.carried, coming=normalization.default
+            )
+            normalization.carry(normalization.default)
+            self._carrying = False
+
+    def _complete_masks(self) -> None:
+        """Bring sub-nets that were never trained after the schedule's end to their target all the same."""
+        parts = self._parts
+        for name, plan in parts.updater.plans.items():
+            last = self.last_steps[name]
+            if last is not None and last >= plan.calendar.end:
+                continue
+            if not parts.updater.is_due(name, self.number, last):
+                continue
+            update = parts.updater.finalize(name, self.number, dict(parts.parameters))
+            parts.statistics.masks_updated(self.number, name, target=update.target, achieved=update.achieved)
+            parts.registry.notify("ast_masks_updated", training=self._owner, sub_net=name, step=self.number)

@@ -1,0 +1,328 @@
+"""The controller of an alternating sparse training run: the order of events in a step.
+
+1. Forward in training mode: the scheduled sub-net is put on.
+2. Backward: gradients are masked as they accumulate; at a mask update the dense ones are kept aside.
+3. End of backward: the sub-net is taken off. At rest the model is dense.
+4. Before the optimizer steps: a due mask update, then the correction against the previous sub-net's gradient.
+5. The user's optimizer steps.
+6. After: inactive weights follow their rule, the next sub-net is scheduled.
+
+Source: Yang, Meng, Seo, Fan: "Get More at Once: Alternating Sparse Training with Gradient Correction", NeurIPS 2022.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ast_plugin import training_state
+from ast_plugin.attachment import Attachment
+from ast_plugin.describe import Description, describe
+from ast_plugin.elastic_file import write_elastic
+from ast_plugin.errors import ActivationError, ConfigError, near_names
+from ast_plugin.normalization import batch_norm_modules
+from ast_plugin.parts import RunParts
+from ast_plugin.recalibration import Forward, recalibrate
+from ast_plugin.step import TrainingStep
+
+
+class AlternatingSparseTraining:
+    """One ordinary training run that yields several sparse sub-nets on shared weights.
+
+    Made by `ast_plugin.wrap`; the training loop stays as it is. Everything here is safe to call between steps.
+
+    Attributes:
+        model: The user's model, dense at rest.
+        optimizer: The torch optimizer that the hooks are attached to.
+        config: The settings of the run.
+        masks: The masks of every sub-net.
+        metrics: What `add_report_metric` was told: by sub-net, by metric name.
+    """
+
+    def __init__(self, parts: RunParts) -> None:
+        self.model: nn.Module = parts.model
+        self.optimizer: torch.optim.Optimizer = parts.optimizer
+        self.config = parts.config
+        self.masks = parts.masks
+        self.metrics: dict[str, dict[str, float]] = {name: {} for name in parts.names}
+        self._parts = parts
+        self._step = TrainingStep(parts, self)
+        self._chosen: list[str] = []
+        self._passing = False
+        self._attachment: Attachment | None = None
+
+    # ---------------------------------------------------------------- what users ask
+
+    @property
+    def sub_nets(self) -> tuple[str, ...]:
+        """Names of the sub-nets, in training order."""
+        return self._parts.names
+
+    @property
+    def default_sub_net(self) -> str:
+        """The sub-net that evaluation uses when none is chosen: the densest, unless set otherwise."""
+        return self._parts.default
+
+    @property
+    def active(self) -> str:
+        """The sub-net chosen by ``with sub_net(...)``, or else the one that the next step trains."""
+        return self._chosen[-1] if self._chosen else self._step.scheduled
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that have happened."""
+        return self._step.number
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are in place; False after `detach`."""
+        return self._attachment is not None
+
+    @property
+    def history(self) -> dict[str, list[dict[str, Any]]]:
+        """Points over time: ``sparsity`` (step, sub_net, target, achieved) and ``conflicts`` by windows of steps."""
+        return self._parts.statistics.history()
+
+    @contextlib.contextmanager
+    def sub_net(self, name: str) -> Iterator[nn.Module]:
+        """Put a sub-net on the model for the length of a ``with`` block, for evaluation or export.
+
+        Blocks may be nested; the earlier sub-net is back on afterwards, also after an exception.
+
+        Args:
+            name: One of `sub_nets`.
+
+        Yields:
+            The model, computing as that sub-net.
+
+        Raises:
+            ConfigError: If there is no such sub-net.
+            ActivationError: If the optimizer steps inside the block.
+        """
+        self._check_name(name)
+        self._chosen.append(name)
+        try:
+            self._parts.activation.put_on(name)
+            yield self.model
+        finally:
+            self._chosen.pop()
+            if self._chosen:
+                self._parts.activation.put_on(self._chosen[-1])
+            else:
+                self._parts.activation.take_off()
+
+    def describe(self) -> Description:
+        """Return the table of all parameters: shape, prunable or why not, sparsity per sub-net."""
+        return describe(self._parts.choices, self.masks)
+
+    def statistics(self) -> dict[str, Any]:
+        """Return counts as a plain mapping.
+
+        Returns:
+            ``steps``, ``checks``, ``conflicts``, ``mean_cosine`` of the whole run, and under ``sub_nets`` the same for
+            each with its present ``sparsity``.
+        """
+        summary = self._parts.statistics.summary()
+        for name, figures in summary["sub_nets"].items():
+            figures["sparsity"] = self.masks.sparsity(name)
+        return summary
+
+    def add_report_metric(self, name: str, value: float, *, sub_net: str) -> None:
+        """Note a measured figure for the report and the elastic file.
+
+        Args:
+            name: What was measured, for example ``accuracy``.
+            value: The figure; a later one replaces an earlier one.
+            sub_net: The sub-net that it was measured on.
+        """
+        self._check_name(sub_net)
+        self.metrics[sub_net][str(name)] = float(value)
+
+    def private_state(self, sub_net: str) -> dict[str, Tensor]:
+        """Return copies of a sub-net's private BatchNorm tensors by their names in ``model.state_dict()``."""
+        self._check_name(sub_net)
+        return self._parts.normalization.state(sub_net)
+
+    def materialize(self, name: str) -> dict[str, Tensor]:
+        """Return one sub-net as an ordinary state dict: zeros where it drops weights, its own BatchNorm state.
+
+        Raises:
+            ConfigError: If there is no such sub-net.
+        """
+        with self.sub_net(name):
+            return {key: value.detach().clone() for key, value in self.model.state_dict().items()}
+
+    def recalibrate(
+        self,
+        loader: Iterable[Any],
+        *,
+        sub_nets: Iterable[str] | None = None,
+        forward: Forward | None = None,
+        max_batches: int | None = None,
+    ) -> None:
+        """Estimate the BatchNorm statistics of the sub-nets anew from data; nothing else changes.
+
+        Args:
+            loader: Batches; iterated once a sub-net, so it must be re-iterable.
+            sub_nets: Which ones; None takes all.
+            forward: How to run the model on a batch; None feeds a tensor, the first item of a tuple or list, or the
+                items of a mapping as keyword arguments.
+            max_batches: How many batches to use for each; None takes all.
+
+        Raises:
+            ConfigError: If there is no such sub-net, the loader gives no batch, or several sub-nets share statistics.
+        """
+        names = tuple(sub_nets) if sub_nets is not None else self.sub_nets
+        if len(names) > 1 and not self.config.private_normalization and batch_norm_modules(self.model):
+            raise ConfigError(
+                f"sub_nets={names} share one set of BatchNorm statistics, because private_normalization is False; "
+                "recalibrate for one sub-net at a time, right before it is used"
+            )
+        for name in names:
+            with self.sub_net(name):
+                recalibrate(self.model, loader, forward=forward, max_batches=max_batches)
+
+    # ---------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the run as tensors and plain containers, readable with ``weights_only=True``.
+
+        It travels in ``optimizer.state_dict()`` by itself; call this to keep it elsewhere.
+        """
+        self.before_state_access()
+        return training_state.collect(self._parts, self._step, self.metrics)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned. Model and optimizer bring their own state back themselves.
+
+        Raises:
+            StateError: If the state belongs to other sub-nets or parameters; nothing has been changed then.
+        """
+        self.before_state_access()
+        training_state.restore(self._parts, self._step, self.metrics, state)
+
+    def save(self, path: str | Path, *, report: Mapping[str, Any] | None = None) -> None:
+        """Write all sub-nets into one elastic file, readable by `ast_plugin.load` and by any safetensors reader.
+
+        Args:
+            path: The file; an older one is replaced only when the new one is complete.
+            report: A report as plain containers to keep in the file's header.
+
+        Raises:
+            SaveError: If the file cannot be written; an older file is still there then.
+        """
+        self.before_state_access()
+        header: dict[str, Any] = {
+            "config": self.config.to_dict(),
+            "default_sub_net": self.default_sub_net,
+            "sub_nets": [
+                {"name": plan.name, "target_sparsity": plan.target_sparsity, "pattern": plan.pattern.name}
+                for plan in self._parts.updater.plans.values()
+            ],
+            "metrics": self.metrics,
+            "statistics": self.statistics(),
+            "history": self.history,
+            "step": self.step,
+        }
+        if report is not None:
+            header["report"] = dict(report)
+        write_elastic(
+            Path(path),
+            state=self.model.state_dict(),
+            masks=self.masks,
+            private={name: self.private_state(name) for name in self.sub_nets},
+            header=header,
+        )
+
+    def detach(self) -> nn.Module:
+        """Remove every hook and return the model, an ordinary dense model with the default's BatchNorm state."""
+        self._step.settle()
+        self._chosen.clear()
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._attachment = None
+        self._parts.gradients.detach()
+        self._parts.activation.release()
+        return self.model
+
+    # ---------------------------------------------------------------- what the hooks report
+
+    def attach(self) -> None:
+        """Register the hooks; called once, by `wrap`."""
+        self._parts.gradients.attach()
+        self._attachment = Attachment(self.model, self.optimizer, self)
+
+    def before_forward(self) -> None:
+        """Put on the scheduled sub-net in training, the default one otherwise, unless one was chosen."""
+        if self._chosen:
+            return
+        self._step.mend()
+        if self.model.training and torch.is_grad_enabled():
+            self._step.begin()
+            self._parts.activation.put_on(self._step.scheduled)
+        else:
+            self._passing = self._parts.activation.worn != self.default_sub_net
+            self._parts.activation.put_on(self.default_sub_net)
+
+    def after_forward(self, raised: bool) -> bool:
+        """Keep the sub-net on for backward after a training forward; take it off otherwise."""
+        if self._chosen:
+            return False
+        if raised or self._passing:
+            self._passing = False
+            self._parts.activation.take_off()
+            return False
+        return self.model.training and torch.is_grad_enabled()
+
+    def after_backward(self) -> None:
+        """Make the model dense again."""
+        if not self._chosen:
+            self._parts.activation.take_off()
+
+    def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Update masks and correct gradients now, or after a closure has run its own forward and backward."""
+        if self._chosen:
+            raise ActivationError(
+                f"optimizer.step() was called inside `with sub_net({self._chosen[-1]!r})`; leave the block before "
+                "training goes on"
+            )
+        self._parts.activation.take_off()
+        # args holds the optimizer itself first.
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._step.prepare()
+            return None
+        prepared = self._step.around(closure)
+        if len(args) > 1:
+            return (args[0], prepared, *args[2:]), kwargs
+        return args, {**kwargs, "closure": prepared}
+
+    def after_step(self) -> None:
+        """Settle what the step left behind and schedule the next sub-net."""
+        self._step.finish()
+
+    def before_state_access(self) -> None:
+        """Make the model dense, unless the user chose a sub-net to look at."""
+        if not self._chosen:
+            self._step.settle()
+
+    def add_state(self, state_dict: dict[str, Any]) -> None:
+        """Put the run's state into the optimizer's state dict."""
+        state_dict[training_state.KEY] = training_state.collect(self._parts, self._step, self.metrics)
+
+    def take_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Take the run's state out of an optimizer's state dict; one without is taken as it is."""
+        self.before_state_access()
+        if training_state.KEY not in state_dict:
+            return state_dict
+        training_state.restore(self._parts, self._step, self.metrics, state_dict[training_state.KEY])
+        return {key: value for key, value in state_dict.items() if key != training_state.KEY}
+
+    def _check_name(self, name: str) -> None:
+        if name not in self.sub_nets:
+            raise ConfigError(f"there is no sub-net {name!r}: {near_names(str(name), self.sub_nets)}")

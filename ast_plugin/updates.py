@@ -1,0 +1,311 @@
+"""Mask updates: from the weights (and the dense gradient) of a moment to the next masks of one sub-net."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ast_plugin.config import ASTConfig
+from ast_plugin.distributions import Distribution, DistributionRequest, LayerRequest, kept_units
+from ast_plugin.errors import ConfigError
+from ast_plugin.masks import MaskStore
+from ast_plugin.methods import Method, ScoreInputs, chance
+from ast_plugin.patterns import Pattern
+from ast_plugin.schedules import MaskCalendar, constant_drop_fraction, cosine_drop_fraction
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SubNetPlan:
+    """What one sub-net's masks have to become, and when.
+
+    Attributes:
+        name: The sub-net.
+        target_sparsity: Sparsity at the end of the schedule, in [0, 1).
+        pattern: Which masks are allowed.
+        calendar: When updates fall due.
+    """
+
+    name: str
+    target_sparsity: float
+    pattern: Pattern
+    calendar: MaskCalendar
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskUpdate:
+    """The outcome of one mask update.
+
+    Attributes:
+        sub_net: Whose masks changed.
+        target: Sparsity that the schedule asks for at this step, in [0, 1].
+        achieved: Sparsity reached, in [0, 1].
+        grown: By parameter name, bool masks of the weights that came back; parameters without any are left out.
+    """
+
+    sub_net: str
+    target: float
+    achieved: float
+    grown: dict[str, Tensor]
+
+
+class MaskUpdater:
+    """Writes new masks into a `MaskStore` by a method, within patterns, along a schedule.
+
+    Args:
+        config: The run's settings: drop fraction, initial sparsity, seed, empty layers.
+        plans: One plan a sub-net.
+        method: The rule.
+        distribution: How a sparsity is spread over the layers.
+        masks: The store; changed in place.
+
+    Raises:
+        ConfigError: If an initial sparsity is asked of a method that has no ramp.
+    """
+
+    def __init__(
+        self,
+        config: ASTConfig,
+        plans: Sequence[SubNetPlan],
+        *,
+        method: Method,
+        distribution: Distribution,
+        masks: MaskStore,
+    ) -> None:
+        if config.initial_sparsity is not None and method.initial_sparsity is None:
+            raise ConfigError(
+                f"initial_sparsity={config.initial_sparsity:g} has no meaning for method {method.name!r}, which starts "
+                "at the target sparsity; leave it out, or choose a method with a ramp such as 'granet'"
+            )
+        self.config = config
+        self.method = method
+        self.plans = {plan.name: plan for plan in plans}
+        self.distribution = distribution
+        self.masks = masks
+
+    def is_due(self, sub_net: str, step: int, last_step: int | None) -> bool:
+        """Return whether `sub_net`, trained at `step` and before that at `last_step`, has an update to make now."""
+        return self.method.updates and self.plans[sub_net].calendar.is_due(step, last_step)
+
+    def sparsity_at(self, sub_net: str, step: int) -> float:
+        """Return the sparsity that the schedule asks of `sub_net` at `step`, in [0, 1]."""
+        plan = self.plans[sub_net]
+        start = self._initial_sparsity(plan)
+        return self.method.sparsity_schedule(
+            step, begin=plan.calendar.begin, end=plan.calendar.end, initial=start, final=plan.target_sparsity
+        )
+
+    def drop_fraction_at(self, sub_net: str, step: int) -> float:
+        """Return the fraction of kept weights that `sub_net` replaces at `step`, in [0, 1)."""
+        calendar = self.plans[sub_net].calendar
+        fraction = cosine_drop_fraction if self.config.drop_schedule == "cosine" else constant_drop_fraction
+        return fraction(
+            step,
+            begin=calendar.begin,
+            end=calendar.end,
+            initial=self.config.drop_fraction,
+            final=self.config.drop_fraction_end,
+        )
+
+    def initialize(self, weights: Mapping[str, Tensor]) -> None:
+        """Write the first masks of every sub-net: by magnitude for methods that reselect, else at random.
+
+        Args:
+            weights: Dense weights by parameter name; not changed.
+        """
+        for name, plan in self.plans.items():
+            sparsity = self._initial_sparsity(plan)
+            first = chance if not self.method.reselect else self.method.drop_score
+            selected = self._select(plan, sparsity, weights, None, step=-1, scores=first)
+            for parameter, units in selected.items():
+                self.masks.set(name, parameter, plan.pattern.expand(units, weights[parameter].shape))
+
+    def update(
+        self, sub_net: str, step: int, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None
+    ) -> MaskUpdate:
+        """Make the update of `sub_net` that is due at `step`.
+
+        Args:
+            sub_net: Whose masks to renew.
+            step: Optimizer step, from 0.
+            weights: Dense weights by parameter name; not changed.
+            gradients: Dense gradients by parameter name; parameters without one regrow by score 0. None: no method
+                that needs gradients is in use.
+        """
+        plan = self.plans[sub_net]
+        sparsity = self.sparsity_at(sub_net, step)
+        drop_scores: dict[str, Tensor] = {}
+        if self.method.reselect:
+            selected = self._select(
+                plan, sparsity, weights, gradients, step=step, scores=self.method.drop_score, unit_scores=drop_scores
+            )
+        else:
+            selected = {
+                name: plan.pattern.reduce_mask(self.masks.get(sub_net, name)) for name in self.masks.parameters
+            }
+        grown = {}
+        for name, kept in selected.items():
+            if self.method.grow_score is not None:
+                kept = self._regrow(plan, name, kept, drop_scores.pop(name, None), weights, gradients, step)
+            before = self.masks.get(sub_net, name)
+            after = plan.pattern.expand(kept, weights[name].shape)
+            new = after & ~before
+            if bool(new.any()):
+                grown[name] = new
+            self.masks.set(sub_net, name, after)
+        return MaskUpdate(sub_net=sub_net, target=sparsity, achieved=self.masks.sparsity(sub_net), grown=grown)
+
+    def finalize(self, sub_net: str, step: int, weights: Mapping[str, Tensor]) -> MaskUpdate:
+        """Bring `sub_net` to its target without regrowth: the run ended before it was trained once more.
+
+        Args:
+            sub_net: Whose masks to complete.
+            step: Steps that the run has made.
+            weights: Dense weights by parameter name; not changed.
+        """
+        plan = self.plans[sub_net]
+        if self.method.reselect:
+            chosen = self._select(plan, plan.target_sparsity, weights, None, step=step, scores=self.method.drop_score)
+            for name, kept in chosen.items():
+                self.masks.set(sub_net, name, plan.pattern.expand(kept, weights[name].shape))
+        return MaskUpdate(
+            sub_net=sub_net, target=plan.target_sparsity, achieved=self.masks.sparsity(sub_net), grown={}
+        )
+
+    def _initial_sparsity(self, plan: SubNetPlan) -> float:
+        start = self.method.initial_sparsity if self.config.initial_sparsity is None else self.config.initial_sparsity
+        return plan.target_sparsity if start is None else min(start, plan.target_sparsity)
+
+    def _inputs(
+        self, plan: SubNetPlan, name: str, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None, step: int
+    ) -> ScoreInputs:
+        return ScoreInputs(
+            weight=weights[name].detach(),
+            gradient=None if gradients is None else gradients.get(name),
+            mask=self.masks.get(plan.name, name),
+            generator=seeded_generator(self.config.seed, plan.name, step, name),
+        )
+
+    def _unit_scores(self, plan: SubNetPlan, inputs: ScoreInputs, score: Callable[[ScoreInputs], Tensor]) -> Tensor:
+        return plan.pattern.unit_scores(score(inputs))
+
+    def _select(
+        self,
+        plan: SubNetPlan,
+        sparsity: float,
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor] | None,
+        *,
+        step: int,
+        scores: Callable[[ScoreInputs], Tensor],
+        unit_scores: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return unit masks with the exact counts that the distribution gives for `sparsity`.
+
+        `unit_scores` is filled with the scores it made, for use by the regrowth.
+        """
+        names = self.masks.parameters
+        pattern = plan.pattern
+        if sparsity <= 0:
+            return {
+                name: torch.ones(pattern.unit_count(weights[name].shape), dtype=torch.bool, device=weights[name].device)
+                for name in names
+            }
+        made: dict[str, Tensor] = {} if unit_scores is None else unit_scores
+        for name in names:
+            made[name] = self._unit_scores(plan, self._inputs(plan, name, weights, gradients, step), scores)
+        if pattern.fixed_sparsity is not None:
+            counts = [pattern.kept_units(weights[name].shape, sparsity) for name in names]
+        else:
+            request = DistributionRequest(
+                layers=tuple(
+                    LayerRequest(
+                        name=name,
+                        shape=tuple(weights[name].shape),
+                        units=pattern.unit_count(weights[name].shape),
+                    )
+                    for name in names
+                ),
+                sparsity=sparsity,
+                target_sparsity=plan.target_sparsity,
+                sub_net=plan.name,
+                unit_scores=lambda: self._distribution_scores(plan, made, weights, scores),
+            )
+            counts = kept_units(
+                request, self.distribution(request), allow_empty_layers=self.config.allow_empty_layers
+            )
+        return {
+            name: pattern.keep_top(made[name], count, weights[name].shape)
+            for name, count in zip(names, counts, strict=True)
+        }
+
+    def _distribution_scores(
+        self,
+        plan: SubNetPlan,
+        made: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        scores: Callable[[ScoreInputs], Tensor],
+    ) -> list[Tensor]:
+        """Return what a global threshold compares: random first masks take their counts from the magnitudes."""
+        if scores is not chance:
+            return [made[name] for name in self.masks.parameters]
+        return [
+            self._unit_scores(plan, self._inputs(plan, name, weights, None, -1), lambda i: i.weight.abs())
+            for name in self.masks.parameters
+        ]
+
+    def _regrow(
+        self,
+        plan: SubNetPlan,
+        name: str,
+        kept: Tensor,
+        drop_scores: Tensor | None,
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor] | None,
+        step: int,
+    ) -> Tensor:
+        grow_score = self.method.grow_score
+        total = int(kept.sum())
+        count = int(self.drop_fraction_at(plan.name, step) * total)
+        if grow_score is None or count == 0 or total == kept.numel():
+            return kept
+        inputs = self._inputs(plan, name, weights, gradients, step)
+        if drop_scores is None:
+            drop_scores = self._unit_scores(plan, inputs, self.method.drop_score)
+        grow_scores = self._unit_scores(plan, inputs, grow_score)
+        return plan.pattern.regrow(kept, drop_scores, grow_scores, count, weights[name].shape)
+
+
+def build_plans(
+    config: ASTConfig, patterns: Mapping[str, Pattern], calendars: Sequence[MaskCalendar]
+) -> tuple[SubNetPlan, ...]:
+    """Return one plan a sub-net; a pattern that fixes the sparsity overrides the number given.
+
+    Args:
+        config: The run's settings.
+        patterns: Pattern by sub-net name.
+        calendars: One calendar a sub-net, in the order of the config.
+    """
+    plans = []
+    for spec, calendar in zip(config.sub_nets, calendars, strict=True):
+        fixed = patterns[spec.name].fixed_sparsity
+        plans.append(
+            SubNetPlan(
+                name=spec.name,
+                target_sparsity=spec.sparsity if fixed is None else fixed,
+                pattern=patterns[spec.name],
+                calendar=calendar,
+            )
+        )
+    return tuple(plans)
+
+
+def seeded_generator(seed: int, sub_net: str, step: int, parameter: str) -> torch.Generator:
+    """Return a CPU generator that depends on nothing but its arguments, so that no generator state need be saved."""
+    digest = hashlib.blake2b(f"{seed}/{sub_net}/{step}/{parameter}".encode(), digest_size=8).digest()
+    generator = torch.Generator()
+    generator.manual_seed(int.from_bytes(digest, "big") >> 1)
+    return generator

@@ -1,0 +1,242 @@
+"""`wrap`: checks everything, then attaches alternating sparse training to a model and its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict, Unpack
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from ast_plugin.activation import MaskedActivation
+from ast_plugin.attachment import attached_parts
+from ast_plugin.config import ASTConfig, CorrectionOptions, LayerSparsity, Moment
+from ast_plugin.distributions import Distribution, ExplicitDistribution
+from ast_plugin.errors import ConfigError, SelectionError, WrapError, near_names
+from ast_plugin.gradients import GradientMasks, GradientReference
+from ast_plugin.inactive import FrozenInactive
+from ast_plugin.masks import MaskStore
+from ast_plugin.methods import Method
+from ast_plugin.normalization import PrivateNormalization
+from ast_plugin.parameters import ParameterChoice
+from ast_plugin.parts import RunParts
+from ast_plugin.plugins import PluginRegistry
+from ast_plugin.schedules import resolve_calendars
+from ast_plugin.slots import ParameterSlots
+from ast_plugin.statistics import Statistics
+from ast_plugin.sub_nets import SubNetSpec
+from ast_plugin.training import AlternatingSparseTraining
+from ast_plugin.updates import MaskUpdater, build_plans
+
+_HISTORY_POINTS = 50
+
+
+class ASTOptions(TypedDict, total=False):
+    """The keyword arguments of `wrap`: the settings of `ASTConfig`, all but the sparsities optional."""
+
+    sparsities: Sequence[float | str | SubNetSpec]
+    total_steps: int | None
+    method: str | Method
+    pattern: str
+    distribution: str | Mapping[str, LayerSparsity] | None
+    alternation: str
+    steps_per_epoch: int | None
+    correction: str | CorrectionOptions
+    inactive: Literal["coast", "freeze"]
+    update_interval: Moment
+    stagger: bool
+    drop_fraction: float
+    drop_fraction_end: float
+    drop_schedule: Literal["cosine", "constant"]
+    initial_sparsity: float | None
+    begin_step: Moment
+    end_step: Moment
+    grow_initialization: Literal["keep", "zero"] | None
+    allow_empty_layers: bool
+    include: Sequence[str]
+    exclude: Sequence[str]
+    private_normalization: bool
+    default_sub_net: str | None
+    seed: int
+
+
+def wrap(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    config: ASTConfig | None = None,
+    *,
+    plugins: Sequence[object] = (),
+    **options: Unpack[ASTOptions],
+) -> AlternatingSparseTraining:
+    """Attach alternating sparse training to a model and its optimizer; the training loop stays as it is.
+
+    Everything is checked before anything is touched: after an error the model is dense and carries no hook.
+
+    Args:
+        optimizer: The optimizer that trains `model`, any torch optimizer, constructed before this call.
+        model: The outermost module that the training loop calls.
+        config: All settings as one object, instead of `options`.
+        plugins: Plugin objects for this run alone, beside the installed ones.
+        **options: The settings of `ASTConfig` by name, for example ``sparsities=(0.9, 0.95)``, ``total_steps=1000``.
+            ``method`` may also be a `Method` object.
+
+    Returns:
+        The controller: sub-nets to switch, figures to read, files to save.
+
+    Raises:
+        ConfigError: If a setting is out of range, unknown, or does not fit the model.
+        SelectionError: If no parameter can be pruned, or one is missing from the optimizer.
+        WrapError: If model or optimizer are wrapped already, or are of a kind that cannot be.
+        PluginError: If a plugin fails to load or to answer.
+
+    Example:
+        >>> ast = ast_plugin.wrap(optimizer, model, sparsities=(0.9, 0.95, 0.98), total_steps=1000)
+    """
+    method = options.get("method")
+    settings = _settings(config, dict(options))
+    optimizer = _innermost(optimizer)
+    _check_kind(optimizer, model)
+    registry = PluginRegistry(plugins)
+    rule = method if isinstance(method, Method) else registry.method(settings.method)
+    parts = _build(optimizer, model, settings, registry, rule)
+    parts.updater.initialize(dict(parts.parameters))
+    training = AlternatingSparseTraining(parts)
+    training.attach()
+    return training
+
+
+def _settings(config: ASTConfig | None, options: dict[str, Any]) -> ASTConfig:
+    if isinstance(options.get("method"), Method):
+        options["method"] = options["method"].name
+    if config is None:
+        return ASTConfig.from_dict(options)
+    if not isinstance(config, ASTConfig):
+        raise ConfigError(f"config must be an ASTConfig, got {type(config).__name__}; pass settings by name otherwise")
+    if options:
+        raise ConfigError(
+            f"config and single settings ({', '.join(options)}) exclude each other; use dataclasses.replace(config, ...)"
+        )
+    return config
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the torch optimizer whose step really runs, inside wrappers that hold it."""
+    seen: set[int] = set()
+    while id(optimizer) not in seen:
+        seen.add(id(optimizer))
+        inner = next(
+            (
+                candidate
+                for attribute in ("_base_optimizer", "optimizer")
+                if isinstance(candidate := getattr(optimizer, attribute, None), torch.optim.Optimizer)
+            ),
+            None,
+        )
+        if inner is None:
+            break
+        optimizer = inner
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise WrapError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return optimizer
+
+
+def _check_kind(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise WrapError(f"model must be a torch.nn.Module, got {type(model).__name__}; the optimizer comes first")
+    for thing in (optimizer, model):
+        if type(thing).__module__.partition(".")[0] == "deepspeed":
+            raise WrapError(
+                f"{type(thing).__name__} is DeepSpeed's: its engine steps inside backward, out of reach of optimizer "
+                "hooks; train with DDP or FSDP2 instead"
+            )
+    if getattr(optimizer, "is_second_order", False):
+        raise WrapError(
+            f"{type(optimizer).__name__} needs second derivatives, which masks taken off after backward would "
+            "falsify; use a first-order optimizer"
+        )
+    taken = attached_parts(model, optimizer)
+    if taken:
+        raise WrapError(f"{taken} is wrapped already; call detach() on its controller first, or go on using that one")
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedTensorMixin)]
+    if lazy:
+        raise WrapError(f"parameter {lazy[0]!r} has no shape yet; run one forward pass before wrapping the model")
+
+
+def _build(
+    optimizer: torch.optim.Optimizer, model: nn.Module, config: ASTConfig, registry: PluginRegistry, method: Method
+) -> RunParts:
+    specs = config.sub_nets
+    names = tuple(spec.name for spec in specs)
+    calendars = resolve_calendars(config, len(specs))
+    patterns = {spec.name: registry.pattern(spec.pattern or config.pattern) for spec in specs}
+    plans = build_plans(config, patterns, calendars)
+    default = config.default_sub_net or min(plans, key=lambda plan: plan.target_sparsity).name
+    alternation = registry.alternation(
+        config.alternation,
+        count=len(specs),
+        seed=config.seed,
+        steps_per_epoch=config.steps_per_epoch,
+        names=names,
+        default=default,
+    )
+    choices = tuple(registry.select_parameters(model, include=config.include, exclude=config.exclude))
+    prunable = [choice for choice in choices if choice.prunable]
+    _check_in_optimizer(optimizer, model, prunable)
+    for choice in prunable:
+        for pattern in patterns.values():
+            pattern.check(choice.name, choice.shape)
+    parameters = ParameterSlots(model, [choice.name for choice in prunable])
+    masks = MaskStore(names, {choice.name: choice.shape for choice in prunable})
+    distribution = _distribution(config, names, [choice.name for choice in prunable], registry, method)
+    updater = MaskUpdater(config, plans, method=method, distribution=distribution, masks=masks)
+    normalization = PrivateNormalization(model, names, default, enabled=config.private_normalization)
+    window = (config.total_steps or 50 * _HISTORY_POINTS) // _HISTORY_POINTS
+    return RunParts(
+        config=config,
+        names=names,
+        default=default,
+        model=model,
+        optimizer=optimizer,
+        registry=registry,
+        choices=choices,
+        parameters=parameters,
+        method=method,
+        alternation=alternation,
+        masks=masks,
+        updater=updater,
+        normalization=normalization,
+        activation=MaskedActivation(parameters, masks, normalization),
+        gradients=GradientMasks(parameters, masks),
+        reference=GradientReference(parameters, masks),
+        inactive=FrozenInactive() if config.inactive == "freeze" else None,
+        grow_initialization=config.grow_initialization or method.grow_initialization,
+        statistics=Statistics(names, window=max(window, len(names))),
+    )
+
+
+def _check_in_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, prunable: Sequence[ParameterChoice]
+) -> None:
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parameters = dict(model.named_parameters())
+    missing = [choice.name for choice in prunable if id(parameters[choice.name]) not in trained]
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise SelectionError(
+            f"the optimizer does not train {len(missing)} of {len(prunable)} prunable parameters: {shown}; construct the "
+            "optimizer from this model's parameters (after moving or converting it), freeze them, or name them in exclude"
+        )
+
+
+def _distribution(
+    config: ASTConfig, names: Sequence[str], parameters: Sequence[str], registry: PluginRegistry, method: Method
+) -> Distribution:
+    wanted = config.distribution
+    if not isinstance(wanted, Mapping):
+        return registry.distribution(wanted or method.distribution)
+    for glob, value in wanted.items():
+        for name in value if isinstance(value, Mapping) else ():
+            if name not in names:
+                raise ConfigError(f"distribution[{glob!r}] names no sub-net: {name!r}; {near_names(name, names)}")
+    return ExplicitDistribution(sparsities=wanted)
