@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import shlex
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 import ast_plugin
+from ast_plugin.cli import build_parser
 
 pytestmark = pytest.mark.extra("report")  # snippets show the report
 
@@ -147,6 +149,23 @@ def test_shell_commands_name_what_exists() -> None:
                 if name not in environments | {"py"}
             ]
     assert unknown == []
+
+
+def test_documented_commands_are_understood() -> None:
+    lines = [
+        (page, line)
+        for page in PAGES
+        for block in blocks_of((ROOT / page).read_text(encoding="utf-8"), "bash")
+        for line in block.code.replace("\\\n", " ").splitlines()
+        if line.startswith("ast-plugin ") and "--help" not in line
+    ]
+    assert len(lines) >= 4
+    for page, line in lines:
+        arguments = shlex.split(line, comments=True)[1:]
+        try:
+            build_parser().parse_args(arguments)
+        except SystemExit:
+            pytest.fail(f"{page}: the command line does not understand: {line}")
 
 
 @pytest.mark.parametrize("name", sorted(ast_plugin.__all__))
