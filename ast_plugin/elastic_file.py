@@ -19,7 +19,6 @@ from ast_plugin.elastic_contents import ElasticContents, StoredSubNet, StoredTen
 from ast_plugin.errors import ASTError, ConfigError, ElasticFileError, near_names
 from ast_plugin.masks import MaskStore, pack_bits
 from ast_plugin.sealed_file import read_sealed, write_sealed
-from ast_plugin.sub_nets import SubNetSpec
 
 
 def write_elastic(
@@ -39,14 +38,14 @@ def write_elastic(
         masks: The masks of all sub-nets; their parameters are entries of `state`.
         private: Sub-net name -> name in `state` -> that sub-net's own tensor, of the same shape and dtype.
         header: What else the file shall tell, in plain containers; readers get it back as it is. Used here:
-            ``default_sub_net`` (None or absent: the densest), ``metrics`` (sub-net name -> metric -> value), and
-            ``specs`` (a sequence of `SubNetSpec` or their dicts) or else ``config`` for the target sparsities.
+            ``default_sub_net`` (None or absent: the densest), ``metrics`` (sub-net name -> metric -> value), and for
+            targets and patterns ``sub_nets`` (a list of mappings with ``name``, ``target_sparsity`` and ``pattern``) or
+            else ``config`` (what `ASTConfig.to_dict` returned).
 
     Raises:
         ConfigError: If the arguments contradict each other, or hold something that the file cannot.
         SaveError: If the file cannot be written; what stood at `path` is untouched.
     """
-    header = {**header, **({"specs": [_as_dict(s) for s in header["specs"]]} if header.get("specs") else {})}
     same_as = _aliases(state, prefer={*masks.parameters, *(name for own in private.values() for name in own)})
     plain = {name: plain_tensor(name, value) for name, value in state.items() if name not in same_as}
     _check_private(private, masks, state)
@@ -194,7 +193,7 @@ def _check_private(private: Mapping[str, Mapping[str, Tensor]], masks: MaskStore
 
 
 def _sub_net_records(masks: MaskStore, header: Mapping[str, Any]) -> list[StoredSubNet]:
-    specs = _specs(header)
+    targets = _targets(header)
     metrics = header.get("metrics") or {}
     for name in metrics:
         if name not in masks.sub_nets:
@@ -202,27 +201,24 @@ def _sub_net_records(masks: MaskStore, header: Mapping[str, Any]) -> list[Stored
     return [
         StoredSubNet(
             name=name,
-            target_sparsity=specs[name].sparsity if name in specs else None,
+            target_sparsity=targets.get(name, (None, None))[0],
             sparsity=masks.sparsity(name),
             kept=masks.kept(name),
             total=masks.total(),
-            pattern=specs[name].pattern if name in specs else None,
+            pattern=targets.get(name, (None, None))[1],
             metrics=dict(metrics.get(name) or {}),
         )
         for name in masks.sub_nets
     ]
 
 
-def _specs(header: Mapping[str, Any]) -> dict[str, SubNetSpec]:
-    if header.get("specs"):
-        return {spec["name"]: SubNetSpec(**spec) for spec in header["specs"]}
+def _targets(header: Mapping[str, Any]) -> dict[str, tuple[float | None, str | None]]:
+    """Return target sparsity and pattern by sub-net, as far as the header tells them."""
+    if header.get("sub_nets"):
+        return {entry["name"]: (entry.get("target_sparsity"), entry.get("pattern")) for entry in header["sub_nets"]}
     if header.get("config"):
-        return {spec.name: spec for spec in ASTConfig.from_dict(header["config"]).sub_nets}
+        return {spec.name: (spec.sparsity, spec.pattern) for spec in ASTConfig.from_dict(header["config"]).sub_nets}
     return {}
-
-
-def _as_dict(spec: SubNetSpec | Mapping[str, Any]) -> dict[str, Any]:
-    return dataclasses.asdict(spec) if isinstance(spec, SubNetSpec) else dict(spec)
 
 
 def _default_sub_net(sub_nets: Sequence[StoredSubNet], header: Mapping[str, Any]) -> str:

@@ -152,20 +152,20 @@ def from_json(value: Any) -> Any:
 def _seal(path: Path) -> None:
     with path.open("r+b") as file:
         header_end = _LENGTH_BYTES + int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        position = _digest_position(_LENGTH_BYTES, file.read(header_end - _LENGTH_BYTES), _EMPTY_DIGEST)
+        position = _digest_position(file.read(header_end - _LENGTH_BYTES), _EMPTY_DIGEST)
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(position)
         file.write(digest.encode("ascii"))
 
 
-def _digest_position(offset: int, raw_header: bytes, digest: str) -> int:
-    # Our JSON is a string inside safetensors' JSON, hence the backslashes. A text of the user's that looks the same is
-    # escaped once more and does not match.
-    pattern = f'\\"digest\\":\\"{digest}\\"'.encode("ascii", errors="replace")
-    if raw_header.count(pattern) != 1:
-        return -1
-    return offset + raw_header.index(pattern) + pattern.index(_DIGEST.encode()) + len(_DIGEST)
+def _digest_position(raw_header: bytes, digest: str) -> int:
+    """Return where in the file the hexadecimal characters of `digest` stand, or -1."""
+    # Our JSON is a string inside safetensors' JSON, hence the backslashes; the digest is its first entry. Whatever the
+    # user's part of the header holds is nested or escaped deeper and cannot look like this.
+    before = f'"{{\\"digest\\":\\"{_DIGEST}'.encode("ascii")
+    start = raw_header.find(before + digest.removeprefix(_DIGEST).encode("ascii", errors="replace") + b'\\"')
+    return -1 if start < 0 else _LENGTH_BYTES + start + len(before)
 
 
 def _parse_shell(name: str, data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -226,9 +226,11 @@ def _check_length(name: str, data: bytes, layout: Mapping[str, Any], raw_header:
 
 
 def _check_digest(name: str, data: bytes, raw_header: bytes, digest: Any) -> None:
-    position = _digest_position(_LENGTH_BYTES, raw_header, digest) if isinstance(digest, str) else -1
-    if position < 0 or len(str(digest)) != len(_EMPTY_DIGEST):
+    if not isinstance(digest, str) or not digest.startswith(_DIGEST) or len(digest) != len(_EMPTY_DIGEST):
         raise _damaged(name, "its digest is malformed")
+    position = _digest_position(raw_header, digest)
+    if position < 0:
+        raise _damaged(name, "its digest is not where it belongs")
     view = memoryview(data)
     found = hashlib.sha256(view[:position])
     found.update(64 * b"0")

@@ -1,0 +1,219 @@
+"""One sub-net as something that needs this package no more: a state dict, a model, sparse tensors, ONNX.
+
+Whatever can materialize a sub-net serves as source: a training, a loaded `Elastic`, or the contents of an elastic file.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ast_plugin.elastic_fit import bare_model, plain_name
+from ast_plugin.errors import ConfigError, ElasticFileError, missing_extra
+from ast_plugin.files import atomic_write
+
+_SUFFIXES = (".safetensors", ".pt")
+_ONNX_PACKAGES = ("onnx", "onnxscript")
+_LARGEST_ONNX = 2_000_000_000  # bytes; protobuf ends a little above, at 2 GiB
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_state_dict_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+class SubNetSource(Protocol):
+    """What an export asks of its source."""
+
+    def materialize(self, name: str) -> Mapping[str, Tensor]:
+        """Return the state dict of the sub-net `name`, with zeros at dropped weights."""
+
+
+def export_state_dict(source: SubNetSource, name: str, path: str | os.PathLike[str]) -> None:
+    """Write one sub-net as an ordinary state dict, which loads in the same architecture without this package.
+
+    ``.safetensors`` files load with ``model.load_state_dict(safetensors.torch.load_file(path))``: tied tensors are
+    stored under each of their names, since that format cannot share. ``.pt`` files load with
+    ``torch.load(path, weights_only=True)``. Zeros are stored like other numbers: the file is as large as a dense one.
+
+    Args:
+        source: A training, an `Elastic` or `ElasticContents`.
+        name: The sub-net.
+        path: Where to write; the suffix ``.safetensors`` or ``.pt`` chooses the format.
+
+    Raises:
+        ConfigError: If the suffix is another one, or there is no such sub-net.
+        SaveError: If the file cannot be written; what stood at `path` is untouched.
+    """
+    suffix = Path(path).suffix
+    if suffix not in _SUFFIXES:
+        raise ConfigError(
+            f"path must end in .safetensors or .pt, got {os.fspath(path)!r}; the suffix chooses the format"
+        )
+    state = {plain_name(key): tensor.detach().cpu() for key, tensor in source.materialize(name).items()}
+    write: Callable[[Path], None]
+    if suffix == ".pt":
+
+        def write(temporary: Path) -> None:
+            torch.save(state, temporary)
+
+    else:
+
+        def write(temporary: Path) -> None:
+            # Fresh memory for each, because safetensors refuses tensors that share it. Transformers wants the format.
+            plain = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
+            save_file(plain, temporary, metadata={"format": "pt", "sub_net": name})
+
+    atomic_write(path, write)
+
+
+def export_model(source: SubNetSource, name: str, model: nn.Module) -> nn.Module:
+    """Return an independent copy of a model that holds one sub-net and nothing of this package.
+
+    Args:
+        source: A training, an `Elastic` or `ElasticContents`.
+        name: The sub-net.
+        model: The architecture, for example the model that was trained. It is not changed; wrappers for compilation
+            and data-parallel use are left out of the copy.
+
+    Returns:
+        The copy, in the training mode, on the devices and of the dtypes that `model` has.
+
+    Raises:
+        ConfigError: If there is no such sub-net.
+        ElasticFileError: If the sub-net does not fit the model.
+    """
+    state = {plain_name(key): tensor for key, tensor in source.materialize(name).items()}
+    plain = copy.deepcopy(bare_model(model))
+    for module in plain.modules():
+        _remove_our_hooks(module)
+    present = {plain_name(key): key for key in plain.state_dict()}
+    try:
+        plain.load_state_dict({present.get(key, key): tensor for key, tensor in state.items()})
+    except RuntimeError as error:
+        raise ElasticFileError(
+            f"sub-net {name!r} does not fit the model: {error}; build the model as it was in training"
+        ) from error
+    return plain
+
+
+def sparse_state_dict(
+    source: SubNetSource, name: str, *, minimum_sparsity: float = 0.8, layout: str = "csr"
+) -> dict[str, Tensor]:
+    """Return one sub-net with its sparse matrices as sparse tensors.
+
+    On a CPU, ``weight @ x.T`` is faster than a dense product from about 80 % zeros on (``F.linear`` with such a weight
+    is several times slower; docs/elastic-file.md has figures). Modules need adapting: ``nn.Linear`` does not multiply
+    that way round.
+
+    Args:
+        source: A training, an `Elastic` or `ElasticContents`.
+        name: The sub-net.
+        minimum_sparsity: Fraction of zeros in [0, 1] from which on a matrix is made sparse.
+        layout: ``csr``, compressed sparse rows with 32-bit indices, the one that torch multiplies fastest.
+
+    Returns:
+        The state dict: two-dimensional floating-point tensors with enough zeros are sparse, all others as they were.
+
+    Raises:
+        ConfigError: If an argument is out of range, or there is no such sub-net.
+    """
+    if layout != "csr":
+        raise ConfigError(f"layout must be 'csr', got {layout!r}")
+    if not isinstance(minimum_sparsity, (int, float)) or not 0 <= minimum_sparsity <= 1:
+        raise ConfigError(f"minimum_sparsity must lie in [0, 1], got {minimum_sparsity!r}")
+    state = {plain_name(key): tensor for key, tensor in source.materialize(name).items()}
+    made: dict[int, Tensor] = {}  # tied matrices stay one tensor
+    for tensor in state.values():
+        if id(tensor) not in made:
+            made[id(tensor)] = _as_csr(tensor) if _is_sparse_matrix(tensor, minimum_sparsity) else tensor
+    return {key: made[id(tensor)] for key, tensor in state.items()}
+
+
+def export_onnx(
+    source: SubNetSource,
+    name: str,
+    model: nn.Module,
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    dynamic_shapes: Any = None,
+) -> None:
+    """Write one sub-net as an ONNX file, in eval mode.
+
+    Runtimes multiply by the zeros like by other numbers, so it runs as fast as the dense network.
+
+    Args:
+        source: A training, an `Elastic` or `ElasticContents`.
+        name: The sub-net.
+        model: The architecture; it is not changed.
+        example_inputs: A tensor, or a tuple of positional arguments, that the model accepts.
+        path: Where to write, customarily with the suffix ``.onnx``.
+        dynamic_shapes: Which axes may vary, as `torch.export.export` understands it; None fixes all of them.
+
+    Raises:
+        MissingExtraError: If the packages of the extra ``onnx`` are not installed.
+        ConfigError: If there is no such sub-net, or it is too large for one ONNX file.
+        SaveError: If the network cannot be exported or the file not be written; what stood at `path` is untouched.
+    """
+    for package in _ONNX_PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise missing_extra("export_onnx", package, "onnx")
+    plain = export_model(source, name, model).eval()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in plain.state_dict().values())
+    if size > _LARGEST_ONNX:
+        raise ConfigError(
+            f"sub-net {name!r} has {size / 1e9:.1f} GB of weights, and one ONNX file holds 2 GB; call export_model and "
+            "torch.onnx.export(..., external_data=True) on what it returns"
+        )
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+
+    def write(temporary: Path) -> None:
+        torch.onnx.export(
+            plain,
+            inputs,
+            temporary,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            dynamic_shapes=dynamic_shapes,
+        )
+
+    atomic_write(path, write)
+
+
+def _remove_our_hooks(module: nn.Module) -> None:
+    # A copied model carries the controller's hooks with nothing behind them; pickled whole, it would need this package.
+    for place in _HOOKS:
+        hooks = getattr(module, place, {})
+        for key, hook in list(hooks.items()):
+            function = getattr(hook, "hook", hook)  # torch wraps some kinds
+            origin = getattr(function, "__module__", None) or ""
+            if origin.partition(".")[0] == "ast_plugin":
+                del hooks[key]
+
+
+def _is_sparse_matrix(tensor: Tensor, minimum_sparsity: float) -> bool:
+    if tensor.dim() != 2 or not tensor.is_floating_point() or not tensor.numel():
+        return False
+    return 1 - int(torch.count_nonzero(tensor)) / tensor.numel() >= minimum_sparsity
+
+
+def _as_csr(tensor: Tensor) -> Tensor:
+    csr = tensor.detach().to_sparse_csr()
+    return torch.sparse_csr_tensor(
+        csr.crow_indices().to(torch.int32), csr.col_indices().to(torch.int32), csr.values(), tuple(tensor.shape)
+    )
