@@ -170,13 +170,14 @@ def _digest_position(raw_header: bytes, digest: str) -> int:
 
 def _parse_shell(name: str, data: bytes) -> tuple[dict[str, Any], bytes]:
     """Return safetensors' own header, parsed and raw."""
-    for start, kind, remedy in _FOREIGN:
-        if data.startswith(start):
-            raise ElasticFileError(f"{name!r} is not an elastic file: it is {kind}; {remedy}")
     if not data:
         raise _damaged(name, "it is empty")
     length = int.from_bytes(data[:_LENGTH_BYTES], "little")
-    if len(data) <= _LENGTH_BYTES or length > _LARGEST_HEADER or data[_LENGTH_BYTES : _LENGTH_BYTES + 1] != b"{":
+    if length > _LARGEST_HEADER or data[_LENGTH_BYTES : _LENGTH_BYTES + 1] != b"{":
+        # Only now: a header's length may begin with the very byte that every pickle begins with.
+        for start, kind, remedy in _FOREIGN:
+            if data.startswith(start):
+                raise ElasticFileError(f"{name!r} is not an elastic file: it is {kind}; {remedy}")
         raise ElasticFileError(
             f"{name!r} is not an elastic file: it does not start like a safetensors file, or its first bytes are "
             "damaged; give a file that save() of this package wrote, or copy it from its source again"

@@ -191,6 +191,13 @@ def test_a_forged_digest_over_bad_tensors_is_still_an_error_of_ours(path: Path) 
         read_sealed(path)
 
 
+def test_a_header_of_any_length_is_read(tmp_path: Path) -> None:
+    # Also of 128 bytes modulo 256, whose length begins like a pickle does.
+    for padding in range(0, 256, 8):
+        write_sealed(tmp_path / "a", TENSORS, {"padding": "x" * padding})
+        assert read_sealed(tmp_path / "a")[0]["padding"] == "x" * padding
+
+
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ElasticFileError, match="No such file or directory; check the path"):
         read_sealed(tmp_path / "absent.safetensors")
