@@ -1,0 +1,202 @@
+"""`ast-plugin inspect`, `report` and `export`: what can be done with an elastic file, without the network's code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ast_plugin.elastic_contents import ElasticContents
+from ast_plugin.elastic_file import read_elastic
+from ast_plugin.errors import StateError
+from ast_plugin.export import export_state_dict
+from ast_plugin.report import Report
+from ast_plugin.report_format import clean, count, decimal, grouped, percent, shape
+from ast_plugin.report_text import TextTable, plain_table
+
+
+def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the three commands to `commands`."""
+    inspect = _command(
+        commands,
+        "inspect",
+        "say what an elastic file holds: sub-nets, stored tensors, settings",
+        "ast-plugin inspect elastic.safetensors\n"
+        "  ast-plugin inspect elastic.safetensors --tensors\n"
+        "  ast-plugin inspect elastic.safetensors --json | jq '.sub_nets[].name'",
+    )
+    inspect.set_defaults(run=run_inspect)
+    inspect.add_argument("file", type=Path, metavar="FILE", help="an elastic file")
+    inspect.add_argument("--tensors", action="store_true", help="list every entry of the state dict too")
+    inspect.add_argument("--json", action="store_true", help="print JSON instead")
+
+    report = _command(
+        commands,
+        "report",
+        "show the report of a run from its elastic file, or from its JSON",
+        "ast-plugin report elastic.safetensors\n"
+        "  ast-plugin report elastic.safetensors --html report.html\n"
+        "  ast-plugin report report.json --layers",
+    )
+    report.set_defaults(run=run_report)
+    report.add_argument("file", type=Path, metavar="FILE", help="an elastic file, or a report as .json")
+    report.add_argument("--layers", action="store_true", help="add the sparsity of every layer")
+    report.add_argument("--html", type=Path, metavar="PATH", help="write the page with pictures there as well")
+    report.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
+    export = _command(
+        commands,
+        "export",
+        "write one sub-net as an ordinary state dict, which loads without this package",
+        "ast-plugin export elastic.safetensors --sub-net s95 --to s95.safetensors\n"
+        "  ast-plugin export elastic.safetensors --sub-net 2:4 --to half.pt",
+    )
+    export.set_defaults(run=run_export)
+    export.add_argument("file", type=Path, metavar="FILE", help="an elastic file")
+    export.add_argument("--sub-net", required=True, metavar="NAME", help="which one; 'inspect' lists them")
+    export.add_argument(
+        "--to",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="file to write; its suffix (.safetensors or .pt) says how",
+    )
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """Print what an elastic file holds."""
+    contents = read_elastic(args.file)
+    if args.json:
+        print(json.dumps(_description(args.file, contents), indent=1, allow_nan=False))
+        return 0
+    print(f"{clean(args.file)}: {count(args.file.stat().st_size)}B, {len(contents.sub_nets)} sub-nets of one network")
+    print(f"default sub-net: {clean(contents.default_sub_net)}\n")
+    print(plain_table(_sub_net_table(contents)))
+    kinds = Counter(entry.kind for entry in contents.entries.values())
+    print(
+        f"\n{len(contents.entries)} tensors: {kinds['masked']} with masks, {kinds['private']} private to each sub-net, "
+        f"{kinds['whole']} shared by all" + (f", {kinds['alias']} tied to others" if kinds["alias"] else "")
+    )
+    if contents.config:
+        shown = ("method", "pattern", "total_steps", "correction", "inactive", "seed")
+        print("settings: " + ", ".join(f"{name} {contents.config[name]}" for name in shown if name in contents.config))
+    if args.tensors:
+        print("\n" + plain_table(_tensor_table(contents)))
+    return 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Print the report of a run, and write its page if asked to."""
+    if args.file.suffix == ".json":
+        try:
+            values = json.loads(args.file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise StateError(
+                f"{str(args.file)!r} is no JSON: {error}; give a report.json, or an elastic file"
+            ) from error
+        report = Report.from_dict(values)
+    else:
+        report = Report.from_elastic(read_elastic(args.file))
+    if args.json:
+        print(json.dumps(report.to_dict(), indent=1, allow_nan=False))
+    else:
+        print(report.render_terminal(layers=args.layers))
+    if args.html is not None:
+        report.write_html(args.html)
+        if not args.json:
+            print(f"\nReport: {args.html}")
+    return 0
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Write one sub-net as a state dict."""
+    contents = read_elastic(args.file)
+    export_state_dict(contents, args.sub_net, args.to)
+    kept, total = contents.records[args.sub_net].kept, contents.records[args.sub_net].total
+    print(
+        f"{clean(args.to)}: sub-net {clean(args.sub_net)}, {grouped(kept)} of {grouped(total)} prunable weights, "
+        "the rest zeros.\nLoad it, without this package:"
+    )
+    file = json.dumps(str(args.to), ensure_ascii=False)
+    if args.to.suffix == ".pt":
+        print(f"  model.load_state_dict(torch.load({file}, weights_only=True))")
+    else:
+        print(f"  model.load_state_dict(safetensors.torch.load_file({file}))")
+    return 0
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, what: str, examples: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog=f"examples:\n  {examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _sub_net_table(contents: ElasticContents) -> TextTable:
+    records = [contents.records[name] for name in contents.sub_nets]
+    metrics = list(dict.fromkeys(metric for record in records for metric in record.metrics))
+    return TextTable(
+        title="Sub-nets",
+        columns=("sub-net", "pattern", "sparsity", "kept weights", "of", *map(clean, metrics)),
+        rows=tuple(
+            (
+                clean(record.name),
+                clean(record.pattern or "?"),
+                percent(record.sparsity),
+                grouped(record.kept),
+                grouped(record.total),
+                *(decimal(record.metrics.get(metric)) for metric in metrics),
+            )
+            for record in records
+        ),
+    )
+
+
+def _tensor_table(contents: ElasticContents) -> TextTable:
+    return TextTable(
+        title="Tensors",
+        columns=("name", "shape", "dtype", "stored"),
+        rows=tuple(
+            (
+                clean(entry.name),
+                shape(entry.shape),
+                entry.dtype,
+                f"as {clean(entry.same_as)}" if entry.same_as is not None else _STORED[entry.kind],
+            )
+            for entry in contents.entries.values()
+        ),
+    )
+
+
+_STORED = {"masked": "shared values, one mask a sub-net", "private": "one a sub-net", "whole": "once"}
+
+
+def _description(path: Path, contents: ElasticContents) -> dict[str, Any]:
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "default_sub_net": contents.default_sub_net,
+        "sub_nets": [
+            {
+                "name": record.name,
+                "pattern": record.pattern,
+                "target_sparsity": record.target_sparsity,
+                "sparsity": record.sparsity,
+                "kept": record.kept,
+                "total": record.total,
+                "metrics": dict(record.metrics),
+            }
+            for record in (contents.records[name] for name in contents.sub_nets)
+        ],
+        "tensors": [entry.to_dict() for entry in contents.entries.values()],
+        "config": contents.config,
+        "statistics": contents.statistics,
+    }

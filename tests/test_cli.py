@@ -1,0 +1,288 @@
+"""The command line: help, exit codes, and that user errors are one message without a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ast_plugin import cli, cli_demo
+from ast_plugin.cli import main
+from ast_plugin.config import ASTConfig
+from ast_plugin.demo_settings import DemoSettings
+from ast_plugin.elastic_file import write_elastic
+from ast_plugin.masks import MaskStore
+from ast_plugin.report import Report
+from ast_plugin.version import __version__
+
+COMMANDS = ("demo", "inspect", "report", "export", "plugins")
+
+
+@pytest.fixture
+def elastic(tmp_path: Path) -> Path:
+    """An elastic file of a linear layer with four weights: ``s50`` keeps the first two, ``s75`` the first one."""
+    masks = MaskStore(("s50", "s75"), {"weight": (2, 2)})
+    masks.set("s50", "weight", torch.tensor([[True, True], [False, False]]))
+    masks.set("s75", "weight", torch.tensor([[True, False], [False, False]]))
+    path = tmp_path / "elastic.safetensors"
+    write_elastic(
+        path,
+        state={"weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "bias": torch.tensor([5.0, 6.0])},
+        masks=masks,
+        private={},
+        header={
+            "config": ASTConfig(sparsities=(0.5, 0.75), total_steps=10).to_dict(),
+            "metrics": {"s50": {"accuracy": 0.9}, "s75": {"accuracy": 0.8}},
+        },
+    )
+    return path
+
+
+def test_help_shows_every_command_the_exit_codes_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == cli.OK
+    text = capsys.readouterr().out
+    assert all(f"\n    {command} " in text for command in COMMANDS)
+    assert "exit codes:" in text
+    assert "ast-plugin demo\n" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_has_examples_that_parse(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == cli.OK
+    examples = [
+        line.split("ast-plugin ", 1)[1].split("  ")[0].split(" | ")[0].split()
+        for line in capsys.readouterr().out.split("examples:")[1].splitlines()
+        if "ast-plugin " in line
+    ]
+    assert examples
+    for example in examples:
+        assert cli.build_parser().parse_args(example).command == command
+
+
+def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == cli.OK
+    assert capsys.readouterr().out.startswith(f"ast-plugin {__version__} (torch ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["inspect"], "the following arguments are required: FILE"),
+        (["export", "file", "--to", "x.pt"], "the following arguments are required: --sub-net"),
+        (["demo", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["demo", "--sparsities", "0.5", "most"], "argument --sparsities: invalid sparsity value: 'most'"),
+        (["demo", "--update-interval", "often"], "argument --update-interval: invalid moment value: 'often'"),
+        (["demo", "--correction", "maybe"], "argument --correction: invalid choice: 'maybe'"),
+        (["demo", "--step", "10"], "unrecognized arguments: --step 10"),
+    ],
+)
+def test_a_wrong_command_line_exits_with_2(argv: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == cli.USAGE
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["--sparsities", "1.5"], "sparsities must hold fractions of zeros in [0, 1), got 1.5"),
+        (["--sparsities", "0.5", "0.5"], "sparsities names the sub-net 's50' twice"),
+        (["--sparsities", "4:2"], "did you mean '2:4'?"),
+        (["--steps", "0"], "steps must be a positive whole number, got 0"),
+        (["--learning-rate", "0"], "learning_rate must be a number above 0, got 0.0"),
+        (["--drop-fraction", "1"], "drop_fraction must lie in [0, 1), got 1.0"),
+        (["--checkpoint-every", "0"], "checkpoint_every must be a positive number of steps, got 0"),
+    ],
+)
+def test_a_setting_out_of_its_range_exits_with_2_and_writes_nothing(
+    argv: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--output", str(tmp_path / "run"), *argv]) == cli.USAGE
+    captured = capsys.readouterr()
+    assert complaint in captured.err
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_demo_help_names_every_setting_and_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--help"]) == cli.OK
+    text = " ".join(capsys.readouterr().out.split())
+    for name, value in DemoSettings().to_dict().items():
+        assert f"--{name.replace('_', '-')} " in text
+        shown = " ".join(map(str, value)).replace("0.9 ", "0.9 ") if isinstance(value, list) else value
+        assert value is None or f"(default: {shown})" in text
+    assert "--output DIR" in text
+    assert "--resume" in text
+
+
+def test_options_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(cli_demo, "run_demo", lambda settings, **rest: seen.update(settings=settings, **rest))
+    argv = ["demo", "--sparsities", "0.5", "2:4", "--steps", "90", "--update-interval", "30", "--end-step", "0.5"]
+    assert main([*argv, "--output", "somewhere", "--resume"]) == cli.OK
+    assert seen["settings"] == DemoSettings(sparsities=(0.5, "2:4"), steps=90, update_interval=30, end_step=0.5)
+    assert seen["given"] == {"sparsities", "steps", "update_interval", "end_step"}
+    assert seen["output"] == Path("somewhere")
+    assert seen["resume"] is True
+    assert seen["checkpoint_every"] == 100
+
+
+def test_inspect_shows_sub_nets_tensors_and_settings(elastic: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(elastic), "--tensors"]) == cli.OK
+    text = capsys.readouterr().out
+    assert "2 sub-nets of one network" in text
+    assert "default sub-net: s50" in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["s50", "unstructured", "50.00", "%", "2", "4", "0.9"] in rows
+    assert ["s75", "unstructured", "75.00", "%", "1", "4", "0.8"] in rows
+    assert "2 tensors: 1 with masks, 0 private to each sub-net, 1 shared by all" in text
+    assert "method granet" in text
+    assert ["bias", "2", "float32", "once"] in rows
+
+
+def test_inspect_as_json_tells_the_same(elastic: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(elastic), "--json"]) == cli.OK
+    found = json.loads(capsys.readouterr().out)
+    assert found["bytes"] == elastic.stat().st_size
+    assert found["default_sub_net"] == "s50"
+    assert [(net["name"], net["sparsity"], net["kept"]) for net in found["sub_nets"]] == [
+        ("s50", 0.5, 2),
+        ("s75", 0.75, 1),
+    ]
+    assert [entry["name"] for entry in found["tensors"]] == ["weight", "bias"]
+
+
+def test_report_shows_the_table(elastic: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(elastic), "--layers"]) == cli.OK
+    text = capsys.readouterr().out
+    assert "s75" in text
+    assert "75.00 %" in text
+    assert "Sparsity per layer" in text
+
+
+def test_report_as_json_can_be_read_again(elastic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(elastic), "--json"]) == cli.OK
+    text = capsys.readouterr().out
+    report = Report.from_dict(json.loads(text))
+    assert [net.name for net in report.sub_nets] == ["s50", "s75"]
+    path = tmp_path / "report.json"
+    path.write_text(text, encoding="utf-8")
+    assert main(["report", str(path)]) == cli.OK
+    assert "75.00 %" in capsys.readouterr().out
+
+
+@pytest.mark.extra("report")
+def test_report_writes_a_page(elastic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "report.html"
+    assert main(["report", str(elastic), "--html", str(page)]) == cli.OK
+    assert f"Report: {page}" in capsys.readouterr().out
+    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_export_writes_a_state_dict_that_an_ordinary_module_loads(
+    elastic: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / f"small.{suffix}"
+    assert main(["export", str(elastic), "--sub-net", "s75", "--to", str(target)]) == cli.OK
+    assert "1 of 4 prunable weights" in capsys.readouterr().out
+    state = load_file(target) if suffix == "safetensors" else torch.load(target, weights_only=True)
+    model = nn.Linear(2, 2)
+    model.load_state_dict(state)
+    assert model.weight.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+    assert model.bias.tolist() == [5.0, 6.0]
+
+
+def test_export_of_an_unknown_sub_net_offers_the_near_names(
+    elastic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(elastic), "--sub-net", "s57", "--to", str(tmp_path / "x.pt")]) == cli.USAGE
+    assert "did you mean 's75'" in capsys.readouterr().err
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_export_to_an_unknown_kind_of_file_says_which_there_are(
+    elastic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(elastic), "--sub-net", "s75", "--to", str(tmp_path / "x.zip")]) == cli.USAGE
+    assert "must end in .safetensors or .pt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["report"], ["export", "--sub-net", "s75", "--to", "x.pt"]])
+def test_a_missing_file_is_named_in_one_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command[0], "nowhere.safetensors", *command[1:]]) == cli.FAILED
+    captured = capsys.readouterr()
+    assert "nowhere.safetensors" in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_a_missing_report_is_named_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "nowhere.json"]) == cli.FAILED
+    assert capsys.readouterr().err == "ast-plugin: error: nowhere.json: No such file or directory\n"
+
+
+@pytest.mark.parametrize(("content", "complaint"), [("{", "is no JSON"), ("{}", "this is no report")])
+def test_a_damaged_report_is_refused(
+    content: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(content)
+    assert main(["report", str(path)]) == cli.FAILED
+    assert complaint in capsys.readouterr().err
+
+
+def test_plugins_lists_the_built_in_and_what_it_offers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plugins"]) == cli.OK
+    text = capsys.readouterr().out
+    assert "built-in" in text
+    for name in ("granet", "unstructured", "erk", "alternating"):
+        assert f"\n  {name} " in text
+
+
+def test_plugins_as_json_tells_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plugins", "--json"]) == cli.OK
+    found = json.loads(capsys.readouterr().out)
+    assert found["plugins"][0]["name"] == "built-in"
+    assert found["plugins"][0]["version"] == __version__
+    assert {"granet", "gmp", "rigl", "set", "static"} <= {method["name"] for method in found["methods"]}
+    assert all(method["description"] for method in found["methods"])
+
+
+def test_the_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "nowhere.safetensors"]) == cli.FAILED
+    assert "Traceback" not in capsys.readouterr().err
+    monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
+    assert main(["inspect", "nowhere.safetensors"]) == cli.FAILED
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(args: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ast_plugin.cli_files.run_inspect", interrupted)
+    assert main(["inspect", "file"]) == cli.INTERRUPTED
+    assert capsys.readouterr().err == "ast-plugin: interrupted\n"
+
+
+@pytest.mark.slow
+def test_a_reader_who_goes_away_is_no_error_message() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    process = subprocess.run(
+        [sys.executable, "-m", "ast_plugin", "plugins"], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    assert process.returncode == cli.BROKEN_PIPE
+    assert process.stderr == ""
