@@ -41,9 +41,7 @@ class MaskedActivation:
         normalization: The private normalisation state.
     """
 
-    def __init__(
-        self, parameters: Mapping[str, Tensor], masks: MaskStore, normalization: PrivateNormalization
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], masks: MaskStore, normalization: PrivateNormalization) -> None:
         self._parameters = parameters
         self._masks = masks
         self._normalization = normalization

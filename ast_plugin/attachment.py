@@ -103,10 +103,10 @@ class Attachment:
                 tensor.register_hook(self._backward_began)
 
     def _backward_began(self, _: Tensor) -> None:
-        # From the outermost graph: a callback queued inside a nested backward (reentrant checkpointing) would come early.
+        # From the outermost graph: queued inside a nested backward (reentrant checkpointing) it would come early.
         if not self._reported:
             self._reported = True
-            queue = torch.autograd.Variable._execution_engine.queue_callback  # type: ignore[attr-defined]  # no stub
+            queue = torch.autograd.Variable._execution_engine.queue_callback
             queue(_EndOfBackward(self._events.after_backward))
 
 

@@ -169,15 +169,12 @@ class ASTConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain containers that JSON and `weights_only` loading accept."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["sparsities"] = [
-            dataclasses.asdict(s) if isinstance(s, SubNetSpec) else s for s in self.sparsities
-        ]
+        values["sparsities"] = [dataclasses.asdict(s) if isinstance(s, SubNetSpec) else s for s in self.sparsities]
         if isinstance(self.correction, CorrectionOptions):
             values["correction"] = dataclasses.asdict(self.correction)
         if isinstance(self.distribution, Mapping):
             values["distribution"] = {
-                glob: dict(value) if isinstance(value, Mapping) else value
-                for glob, value in self.distribution.items()
+                glob: dict(value) if isinstance(value, Mapping) else value for glob, value in self.distribution.items()
             }
         values["include"], values["exclude"] = list(self.include), list(self.exclude)
         return values
@@ -200,8 +197,7 @@ class ASTConfig:
             raise ConfigError("sparsities is missing: give one sparsity a sub-net, such as (0.9, 0.95)")
         given = dict(values)
         given["sparsities"] = tuple(
-            SubNetSpec(**s) if isinstance(s, Mapping) else s
-            for s in _as_tuple("sparsities", given["sparsities"])
+            SubNetSpec(**s) if isinstance(s, Mapping) else s for s in _as_tuple("sparsities", given["sparsities"])
         )
         if isinstance(given.get("correction"), Mapping):
             given["correction"] = CorrectionOptions(**given["correction"])

@@ -63,7 +63,9 @@ class Description:
         share = f"{self.prunable_weights:,} of {self.total_weights:,} weights"
         lines.append(["all prunable", share, "", *totals])
         widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-        text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        text = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
         rule = "  ".join("-" * width for width in widths)
         return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
 

@@ -1,4 +1,4 @@
-"""Gradients of the active sub-net: masked as they arrive, kept dense where growth needs them, corrected before the step.
+"""Gradients of the active sub-net: masked as they arrive, kept dense for growth, corrected before the step.
 
 Backward computes gradients with respect to the masked weights, which are dense. Masking them at accumulation makes
 clipping, logged norms and overflow checks see the active sub-net's gradient only.
@@ -163,8 +163,8 @@ class GradientReference:
         return {n: p.grad.detach().clone() for n, p in self._parameters.items() if p.grad is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the reference as plain containers."""
-        return {"sub_net": self.sub_net, "gradients": dict(self._gradients)}
+        """Return a copy of the reference as plain containers; the next correction uses the original up."""
+        return {"sub_net": self.sub_net, "gradients": {name: g.clone() for name, g in self._gradients.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""

@@ -7,7 +7,7 @@ implementation of the method, so the stem's and the shortcuts' are private too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -121,6 +121,7 @@ class PrivateNormalization:
         if leaving == coming:
             return
         out, into = self._optimizer_states[leaving], self._optimizer_states[coming]
+        fused = any(group.get("fused") for group in optimizer.param_groups)
         for name, (module, attribute) in self._parameters.items():
             parameter = module._parameters[attribute]
             if parameter is None:
@@ -130,8 +131,23 @@ class PrivateNormalization:
             else:
                 out.pop(name, None)
             entry = into.pop(name, None)
+            if entry is None and fused:
+                entry = self._fresh_entry(name)
             if entry is not None:
                 optimizer.state[parameter] = entry
+
+    def _fresh_entry(self, name: str) -> Any:
+        """Return zeroed optimizer state in the form that other sub-nets have, None if none has any.
+
+        Fused kernels refuse a step in which some parameters have momentum and others none yet.
+        """
+        for entries in self._optimizer_states.values():
+            if name in entries:
+                return {
+                    key: torch.zeros_like(value) if isinstance(value, Tensor) else value
+                    for key, value in entries[name].items()
+                }
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the banks of all sub-nets but the carried one, with their optimizer state, as plain containers."""
@@ -151,10 +167,6 @@ class PrivateNormalization:
             self._optimizer_states[name] = {
                 key: _copied(entry, device=present[key].device) for key, entry in entries.items()
             }
-
-    def statistics_modules(self, model: nn.Module) -> Iterable[nn.Module]:
-        """Return the BatchNorm modules of `model` that track running statistics."""
-        return [module for module in batch_norm_modules(model).values() if module._buffers.get("running_mean") is not None]
 
 
 def _copied(value: Any, device: torch.device | None = None) -> Any:

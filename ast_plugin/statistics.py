@@ -61,9 +61,7 @@ class Statistics:
         self._sparsity: list[dict[str, Any]] = []
         self._conflicts: list[dict[str, Any]] = []
 
-    def step_finished(
-        self, step: int, sub_net: str, *, checks: int, conflicts: int, cosines: Sequence[float]
-    ) -> None:
+    def step_finished(self, step: int, sub_net: str, *, checks: int, conflicts: int, cosines: Sequence[float]) -> None:
         """Count one optimizer step of `sub_net`, the step number counting from 0."""
         self._totals[sub_net].add(checks, conflicts, cosines)
         self._windows[sub_net].add(checks, conflicts, cosines)

@@ -62,7 +62,7 @@ class TrainingStep:
     def around(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return a closure that prepares the gradients of the first evaluation for the optimizer.
 
-        Later evaluations within one step (line searches) see the same sub-net; their gradients are masked, not corrected.
+        Later evaluations within one step (line searches) see the same sub-net; their gradients are masked alone.
         """
 
         def evaluate() -> Any:
@@ -197,9 +197,7 @@ class TrainingStep:
         parts, name = self._parts, self.scheduled
         if parts.inactive is not None and parts.inactive.empty:
             parts.inactive.remember(parts.parameters, parts.optimizer)
-        parts.normalization.carry_optimizer_state(
-            parts.optimizer, leaving=parts.normalization.carried, coming=name
-        )
+        parts.normalization.carry_optimizer_state(parts.optimizer, leaving=parts.normalization.carried, coming=name)
         parts.normalization.carry(name)
         self._carrying = True
 

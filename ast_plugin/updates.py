@@ -13,7 +13,7 @@ from ast_plugin.config import ASTConfig
 from ast_plugin.distributions import Distribution, DistributionRequest, LayerRequest, kept_units
 from ast_plugin.errors import ConfigError
 from ast_plugin.masks import MaskStore
-from ast_plugin.methods import Method, ScoreInputs, chance
+from ast_plugin.methods import Method, ScoreInputs, chance, magnitude
 from ast_plugin.patterns import Pattern
 from ast_plugin.schedules import MaskCalendar, constant_drop_fraction, cosine_drop_fraction
 
@@ -115,8 +115,17 @@ class MaskUpdater:
 
         Args:
             weights: Dense weights by parameter name; not changed.
+
+        Raises:
+            ConfigError: If the distribution cannot reach a target on these layers, which would show much later.
         """
         for name, plan in self.plans.items():
+            self._counts(
+                plan,
+                plan.target_sparsity,
+                weights,
+                lambda: self._distribution_scores(plan, {}, weights, chance),  # noqa: B023  # called at once
+            )
             sparsity = self._initial_sparsity(plan)
             first = chance if not self.method.reselect else self.method.drop_score
             selected = self._select(plan, sparsity, weights, None, step=-1, scores=first)
@@ -143,9 +152,7 @@ class MaskUpdater:
                 plan, sparsity, weights, gradients, step=step, scores=self.method.drop_score, unit_scores=drop_scores
             )
         else:
-            selected = {
-                name: plan.pattern.reduce_mask(self.masks.get(sub_net, name)) for name in self.masks.parameters
-            }
+            selected = {name: plan.pattern.reduce_mask(self.masks.get(sub_net, name)) for name in self.masks.parameters}
         grown = {}
         for name, kept in selected.items():
             if self.method.grow_score is not None:
@@ -171,16 +178,19 @@ class MaskUpdater:
             chosen = self._select(plan, plan.target_sparsity, weights, None, step=step, scores=self.method.drop_score)
             for name, kept in chosen.items():
                 self.masks.set(sub_net, name, plan.pattern.expand(kept, weights[name].shape))
-        return MaskUpdate(
-            sub_net=sub_net, target=plan.target_sparsity, achieved=self.masks.sparsity(sub_net), grown={}
-        )
+        return MaskUpdate(sub_net=sub_net, target=plan.target_sparsity, achieved=self.masks.sparsity(sub_net), grown={})
 
     def _initial_sparsity(self, plan: SubNetPlan) -> float:
         start = self.method.initial_sparsity if self.config.initial_sparsity is None else self.config.initial_sparsity
         return plan.target_sparsity if start is None else min(start, plan.target_sparsity)
 
     def _inputs(
-        self, plan: SubNetPlan, name: str, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None, step: int
+        self,
+        plan: SubNetPlan,
+        name: str,
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor] | None,
+        step: int,
     ) -> ScoreInputs:
         return ScoreInputs(
             weight=weights[name].detach(),
@@ -188,9 +198,6 @@ class MaskUpdater:
             mask=self.masks.get(plan.name, name),
             generator=seeded_generator(self.config.seed, plan.name, step, name),
         )
-
-    def _unit_scores(self, plan: SubNetPlan, inputs: ScoreInputs, score: Callable[[ScoreInputs], Tensor]) -> Tensor:
-        return plan.pattern.unit_scores(score(inputs))
 
     def _select(
         self,
@@ -216,31 +223,31 @@ class MaskUpdater:
             }
         made: dict[str, Tensor] = {} if unit_scores is None else unit_scores
         for name in names:
-            made[name] = self._unit_scores(plan, self._inputs(plan, name, weights, gradients, step), scores)
-        if pattern.fixed_sparsity is not None:
-            counts = [pattern.kept_units(weights[name].shape, sparsity) for name in names]
-        else:
-            request = DistributionRequest(
-                layers=tuple(
-                    LayerRequest(
-                        name=name,
-                        shape=tuple(weights[name].shape),
-                        units=pattern.unit_count(weights[name].shape),
-                    )
-                    for name in names
-                ),
-                sparsity=sparsity,
-                target_sparsity=plan.target_sparsity,
-                sub_net=plan.name,
-                unit_scores=lambda: self._distribution_scores(plan, made, weights, scores),
-            )
-            counts = kept_units(
-                request, self.distribution(request), allow_empty_layers=self.config.allow_empty_layers
-            )
+            made[name] = pattern.unit_scores(scores(self._inputs(plan, name, weights, gradients, step)))
+        counts = self._counts(plan, sparsity, weights, lambda: self._distribution_scores(plan, made, weights, scores))
         return {
             name: pattern.keep_top(made[name], count, weights[name].shape)
             for name, count in zip(names, counts, strict=True)
         }
+
+    def _counts(
+        self, plan: SubNetPlan, sparsity: float, weights: Mapping[str, Tensor], unit_scores: Callable[[], list[Tensor]]
+    ) -> list[int]:
+        """Return how many units each parameter keeps at `sparsity`, adding up exactly."""
+        pattern = plan.pattern
+        shapes = {name: tuple(weights[name].shape) for name in self.masks.parameters}
+        if pattern.fixed_sparsity is not None:
+            return [pattern.kept_units(shape, sparsity) for shape in shapes.values()]
+        request = DistributionRequest(
+            layers=tuple(
+                LayerRequest(name=name, shape=shape, units=pattern.unit_count(shape)) for name, shape in shapes.items()
+            ),
+            sparsity=sparsity,
+            target_sparsity=plan.target_sparsity,
+            sub_net=plan.name,
+            unit_scores=unit_scores,
+        )
+        return kept_units(request, self.distribution(request), allow_empty_layers=self.config.allow_empty_layers)
 
     def _distribution_scores(
         self,
@@ -253,7 +260,7 @@ class MaskUpdater:
         if scores is not chance:
             return [made[name] for name in self.masks.parameters]
         return [
-            self._unit_scores(plan, self._inputs(plan, name, weights, None, -1), lambda i: i.weight.abs())
+            plan.pattern.unit_scores(magnitude(self._inputs(plan, name, weights, None, -1)))
             for name in self.masks.parameters
         ]
 
@@ -274,8 +281,8 @@ class MaskUpdater:
             return kept
         inputs = self._inputs(plan, name, weights, gradients, step)
         if drop_scores is None:
-            drop_scores = self._unit_scores(plan, inputs, self.method.drop_score)
-        grow_scores = self._unit_scores(plan, inputs, grow_score)
+            drop_scores = plan.pattern.unit_scores(self.method.drop_score(inputs))
+        grow_scores = plan.pattern.unit_scores(grow_score(inputs))
         return plan.pattern.regrow(kept, drop_scores, grow_scores, count, weights[name].shape)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from ast_plugin.activation import MaskedActivation
 from ast_plugin.attachment import attached_parts
@@ -115,7 +115,8 @@ def _settings(config: ASTConfig | None, options: dict[str, Any]) -> ASTConfig:
         raise ConfigError(f"config must be an ASTConfig, got {type(config).__name__}; pass settings by name otherwise")
     if options:
         raise ConfigError(
-            f"config and single settings ({', '.join(options)}) exclude each other; use dataclasses.replace(config, ...)"
+            f"config and single settings ({', '.join(options)}) exclude each other; use "
+            "dataclasses.replace(config, ...)"
         )
     return config
 
@@ -158,7 +159,7 @@ def _check_kind(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     taken = attached_parts(model, optimizer)
     if taken:
         raise WrapError(f"{taken} is wrapped already; call detach() on its controller first, or go on using that one")
-    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedTensorMixin)]
+    lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise WrapError(f"parameter {lazy[0]!r} has no shape yet; run one forward pass before wrapping the model")
 
@@ -224,8 +225,9 @@ def _check_in_optimizer(
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise SelectionError(
-            f"the optimizer does not train {len(missing)} of {len(prunable)} prunable parameters: {shown}; construct the "
-            "optimizer from this model's parameters (after moving or converting it), freeze them, or name them in exclude"
+            f"the optimizer does not train {len(missing)} of {len(prunable)} prunable parameters: {shown}; construct "
+            "the optimizer from this model's parameters (after moving or converting it), freeze them, or name them in "
+            "exclude"
         )
 
 

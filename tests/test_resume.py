@@ -1,0 +1,187 @@
+"""N steps = k steps, save, a new process, resume, N - k steps: bit for bit, in the raw loop."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import OPTIMIZERS, assert_same, conv_net, image_batch, mlp, sgd, snapshot, train, wrapped
+
+import ast_plugin
+
+CASES: dict[str, dict[str, Any]] = {
+    "granet": {},
+    "rigl-zero": {"method": "rigl"},
+    "set-random": {"method": "set", "alternation": "random"},
+    "gmp-freeze": {"method": "gmp", "inactive": "freeze"},
+    "static-global": {"method": "static", "correction": "global"},
+    "mixed": {"sparsities": (0.5, 0.9, "2:4"), "correction": ast_plugin.CorrectionOptions(first_step=True)},
+    "shared-norm": {"private_normalization": False},
+}
+
+
+def through_disk(state: dict[str, Any]) -> Any:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("kind", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("case", sorted(CASES))
+@pytest.mark.parametrize("stop", [7, 31])
+def test_a_resumed_run_equals_the_uninterrupted_one(kind: str, case: str, stop: int) -> None:
+    straight = conv_net()
+    _, straight_optimizer, straight_ast = wrapped(straight, OPTIMIZERS[kind](straight), **CASES[case])
+    train(straight, straight_optimizer, range(60))
+
+    first = conv_net()
+    _, first_optimizer, _ = wrapped(first, OPTIMIZERS[kind](first), **CASES[case])
+    train(first, first_optimizer, range(stop))
+    checkpoint = through_disk({"model": first.state_dict(), "optimizer": first_optimizer.state_dict()})
+
+    second = conv_net(seed=99)
+    _, second_optimizer, second_ast = wrapped(second, OPTIMIZERS[kind](second), **CASES[case])
+    second.load_state_dict(checkpoint["model"])
+    second_optimizer.load_state_dict(checkpoint["optimizer"])
+    assert second_ast.step == stop
+    train(second, second_optimizer, range(stop, 60))
+
+    assert_same(snapshot(straight), snapshot(second))
+    assert_same(straight_optimizer.state_dict(), second_optimizer.state_dict())
+    for name in straight_ast.sub_nets:
+        assert_same(straight_ast.masks.of(name), second_ast.masks.of(name))
+        assert_same(straight_ast.private_state(name), second_ast.private_state(name))
+
+
+@pytest.mark.slow
+def test_resume_in_a_new_process_is_bit_identical(tmp_path: Path) -> None:
+    script = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from networks import conv_net, sgd, train, wrapped
+torch.set_num_threads(1)
+model, optimizer, ast = wrapped()
+begin, end, source, target = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+if source != "-":
+    state = torch.load(source, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+train(model, optimizer, range(begin, end))
+torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, target)
+"""
+    here = str(Path(__file__).parent)
+
+    def run(begin: int, end: int, source: str, target: Path) -> None:
+        command = [sys.executable, "-c", script, here, str(begin), str(end), source, str(target)]
+        subprocess.run(command, check=True)
+
+    run(0, 60, "-", tmp_path / "straight.pt")
+    run(0, 25, "-", tmp_path / "half.pt")
+    run(25, 60, str(tmp_path / "half.pt"), tmp_path / "resumed.pt")
+    assert_same(
+        torch.load(tmp_path / "straight.pt", weights_only=True), torch.load(tmp_path / "resumed.pt", weights_only=True)
+    )
+
+
+def test_state_kept_elsewhere_resumes_as_well() -> None:
+    straight, straight_optimizer, _ = wrapped()
+    train(straight, straight_optimizer, range(40))
+    first, first_optimizer, first_ast = wrapped()
+    train(first, first_optimizer, range(20))
+    kept = through_disk(first_ast.state_dict())
+    plain_optimizer_state = first_optimizer.state_dict()
+    del plain_optimizer_state["ast_plugin"]
+
+    second, second_optimizer, second_ast = wrapped(conv_net(seed=9))
+    second.load_state_dict(first.state_dict())
+    second_optimizer.load_state_dict(plain_optimizer_state)
+    assert second_ast.step == 0
+    second_ast.load_state_dict(kept)
+    train(second, second_optimizer, range(20, 40))
+    assert_same(snapshot(straight), snapshot(second))
+
+
+def test_loading_does_not_change_the_callers_state_dict() -> None:
+    model, optimizer, _ = wrapped()
+    train(model, optimizer, range(3))
+    state = optimizer.state_dict()
+    keys = set(state)
+    optimizer.load_state_dict(state)
+    assert set(state) == keys
+    assert "ast_plugin" in state
+
+
+def test_a_checkpoint_loads_into_a_plain_optimizer() -> None:
+    model, optimizer, _ = wrapped()
+    train(model, optimizer, range(3))
+    plain = conv_net()
+    plain_optimizer = sgd(plain)
+    plain.load_state_dict(model.state_dict())
+    plain_optimizer.load_state_dict(optimizer.state_dict())
+    train(plain, plain_optimizer, range(3, 5))
+
+
+def test_a_plain_checkpoint_starts_a_run() -> None:
+    plain = conv_net()
+    plain_optimizer = sgd(plain)
+    train(plain, plain_optimizer, range(3))
+    model, optimizer, ast = wrapped()
+    model.load_state_dict(plain.state_dict())
+    optimizer.load_state_dict(plain_optimizer.state_dict())
+    assert ast.step == 0
+    train(model, optimizer, range(3))
+    assert ast.step == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsities": (0.5, 0.9)}, r"saved state has the sub-nets s50, s80, s90, this run has s50, s90; resume with"),
+        ({"exclude": ("head.*",)}, r"head.weight: saved \(5, 16\), here not prunable"),
+        ({"default_sub_net": "s90"}, r"default sub-net 's50', this run has 's90'; pass default_sub_net='s50'"),
+        ({"private_normalization": False}, r"private BatchNorm tensors \(15 saved, 0 here\)"),
+    ],
+    ids=str,
+)
+def test_a_state_of_another_run_is_refused_with_the_difference(options: dict[str, Any], message: str) -> None:
+    model, optimizer, _ = wrapped()
+    train(model, optimizer, range(3))
+    state = optimizer.state_dict()
+    other, other_optimizer, other_ast = wrapped(**options)
+    train(other, other_optimizer, range(1))
+    before = snapshot(other)
+    with pytest.raises(ast_plugin.StateError, match=message):
+        other_optimizer.load_state_dict(state)
+    assert other_ast.step == 1
+    assert_same(before, snapshot(other))
+
+
+def test_a_state_of_another_model_or_format_is_refused() -> None:
+    _, _, ast = wrapped()
+    state = ast.state_dict()
+    model = mlp()
+    other = ast_plugin.wrap(sgd(model), model, sparsities=(0.5, 0.8, 0.9), total_steps=60)
+    with pytest.raises(ast_plugin.StateError, match="other prunable parameters"):
+        other.load_state_dict(state)
+    with pytest.raises(ast_plugin.StateError, match="format 2, this version reads 1"):
+        ast.load_state_dict({**state, "format": 2})
+
+
+def test_the_state_is_a_copy_that_later_training_does_not_change() -> None:
+    model, optimizer, ast = wrapped()
+    train(model, optimizer, range(10))
+    state = ast.state_dict()
+    kept = through_disk(state)
+    train(model, optimizer, range(10, 20))
+    assert_same(kept, through_disk(state))
+
+
+def test_a_batch_of_images_is_a_pure_function_of_the_step() -> None:
+    for one, other in zip(image_batch(3), image_batch(3), strict=True):
+        assert torch.equal(one, other)

@@ -1,0 +1,597 @@
+"""The controller: the order of events in a step, choosing sub-nets, and what happens when something breaks."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from networks import assert_same, conv_net, image_batch, mlp, sgd, snapshot, train, train_step, vector_batch, wrapped
+from torch import Tensor, nn
+from torch.nn import functional
+
+import ast_plugin
+
+
+def nonzero(model: nn.Module, ast: ast_plugin.AlternatingSparseTraining) -> int:
+    return sum(int(model.get_parameter(name).count_nonzero()) for name in ast.masks.parameters)
+
+
+def test_the_sub_net_is_on_during_forward_and_backward_and_off_afterwards() -> None:
+    model, optimizer, ast = wrapped(method="static")
+    seen: list[tuple[str, int]] = []
+    model.head.register_forward_hook(lambda *_: seen.append(("forward", nonzero(model, ast))))
+    model.conv1.register_full_backward_hook(lambda *_: seen.append(("backward", nonzero(model, ast))))
+    for step in range(3):
+        name = ast.active
+        loss = functional.cross_entropy(model(image_batch(step)[0]), image_batch(step)[1])
+        loss.backward()
+        assert seen == [("forward", ast.masks.kept(name)), ("backward", ast.masks.kept(name))]
+        assert nonzero(model, ast) == ast.masks.total()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.clear()
+
+
+def test_gradients_are_those_of_the_masked_network() -> None:
+    model, _, ast = wrapped(method="static", sparsities=(0.5,))
+    plain = conv_net()
+    plain.load_state_dict(ast.materialize("s50"))
+    images, labels = image_batch(0)
+    for net in (model, plain):
+        net.train()
+        functional.cross_entropy(net(images), labels).backward()
+    for name, parameter in plain.named_parameters():
+        gradient = parameter.grad
+        if name in ast.masks.parameters:
+            gradient = gradient * ast.masks.get("s50", name)
+        assert torch.equal(gradient, model.get_parameter(name).grad), name
+
+
+def test_micro_batches_see_one_sub_net_and_add_up() -> None:
+    whole, halves = conv_net(), conv_net()
+    for model, parts in ((whole, 1), (halves, 2)):
+        model.norm0, model.norm1, model.norm2 = nn.Identity(), nn.Identity(), nn.Identity()
+        optimizer = sgd(model)
+        ast = ast_plugin.wrap(optimizer, model, sparsities=(0.5, 0.8), total_steps=60, update_interval=4)
+        for step in range(12):
+            optimizer.zero_grad()
+            images, labels = image_batch(step)
+            for part_images, part_labels in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+                (functional.cross_entropy(model(part_images), part_labels) / parts).backward()
+            optimizer.step()
+        assert ast.step == 12
+    for one, other in zip(whole.parameters(), halves.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_clipping_sees_the_active_sub_nets_gradient_only() -> None:
+    model, _, ast = wrapped(method="static", sparsities=(0.9, 0.95))
+    functional.cross_entropy(model(image_batch(0)[0]), image_batch(0)[1]).backward()
+    squares = 0.0
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if name in ast.masks.parameters:
+            gradient = gradient * ast.masks.get("s90", name)
+        squares += float(gradient.double().square().sum())
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+    assert float(norm) == pytest.approx(squares**0.5, rel=1e-5)
+
+
+def test_evaluation_without_a_choice_uses_the_default_sub_net() -> None:
+    model, optimizer, ast = wrapped()
+    train(model, optimizer, range(60))
+    images = image_batch(100)[0]
+    model.eval()
+    dense = snapshot(model)
+    with torch.no_grad():
+        output = model(images)
+    assert_same(dense, snapshot(model))
+    with ast.sub_net("s50"), torch.no_grad():
+        assert torch.equal(model(images), output)
+    with ast.sub_net("s90"), torch.no_grad():
+        assert not torch.equal(model(images), output)
+    assert ast.default_sub_net == "s50"
+
+
+def test_the_default_sub_net_is_the_densest_unless_set() -> None:
+    assert wrapped(sparsities=(0.9, 0.5, 0.8))[2].default_sub_net == "s50"
+    assert wrapped(default_sub_net="s90")[2].default_sub_net == "s90"
+
+
+def test_sub_net_blocks_nest_and_restore_also_after_an_exception() -> None:
+    model, _, ast = wrapped(method="static")
+    dense = snapshot(model)
+    with ast.sub_net("s80") as inside:
+        assert inside is model
+        assert ast.active == "s80"
+        with ast.sub_net("s90"):
+            assert nonzero(model, ast) == ast.masks.kept("s90")
+        assert nonzero(model, ast) == ast.masks.kept("s80")
+        with pytest.raises(KeyError), ast.sub_net("s50"):
+            raise KeyError("inside")
+        assert nonzero(model, ast) == ast.masks.kept("s80")
+    assert_same(dense, snapshot(model))
+    with pytest.raises(ast_plugin.ConfigError, match=r"no sub-net 's91'.*did you mean 's90'"), ast.sub_net("s91"):
+        pass
+
+
+def test_two_sub_nets_within_one_autocast_block_do_not_mix() -> None:
+    model, _, ast = wrapped(method="static")
+    images = image_batch(0)[0]
+    model.eval()
+
+    def evaluate(name: str) -> Tensor:
+        with ast.sub_net(name):
+            return model(images)
+
+    with torch.no_grad():
+        apart = []
+        for name in ("s50", "s90"):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                apart.append(evaluate(name))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            together = [evaluate("s50"), evaluate("s90")]
+    assert torch.equal(apart[0], together[0])
+    assert torch.equal(apart[1], together[1])
+    assert not torch.equal(*together)
+
+
+def test_evaluation_under_inference_mode_first_leaves_the_model_trainable() -> None:
+    model, optimizer, ast = wrapped()
+    model.eval()
+    with torch.inference_mode():
+        model(image_batch(0)[0])
+        with ast.sub_net("s90"):
+            model(image_batch(0)[0])
+    train(model, optimizer, range(6))
+    assert ast.step == 6
+
+
+def test_stepping_inside_a_sub_net_block_is_refused() -> None:
+    model, optimizer, ast = wrapped()
+    with ast.sub_net("s90"):
+        functional.cross_entropy(model(image_batch(0)[0]), image_batch(0)[1]).backward()
+        with pytest.raises(ast_plugin.ActivationError, match=r"inside `with sub_net\('s90'\)`; leave the block"):
+            optimizer.step()
+    assert ast.step == 0
+
+
+def test_gradients_without_a_training_forward_are_refused() -> None:
+    model, optimizer, ast = wrapped()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = snapshot(model)
+    with pytest.raises(ast_plugin.ActivationError, match="forward did not run in training mode"):
+        optimizer.step()
+    assert_same(before, snapshot(model))
+    optimizer.zero_grad()
+    optimizer.step()
+    assert ast.step == 0
+
+
+def test_a_step_with_zero_gradients_before_any_forward_counts_for_nothing() -> None:
+    model, optimizer, ast = wrapped()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert ast.step == 0
+
+
+def test_a_step_skipped_by_a_gradient_scaler_runs_the_same_sub_net_again() -> None:
+    model, optimizer, ast = wrapped(begin_step=0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    train_names = []
+    for step in range(9):
+        train_names.append(ast.active)
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(image_batch(step)[0]), image_batch(step)[1])
+        if step in (2, 3):
+            loss = loss * float("inf")
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert train_names == ["s50", "s80", "s90", "s90", "s90", "s50", "s80", "s90", "s50"]
+    assert ast.step == 7
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_fused_step_that_found_an_overflow_counts_for_nothing() -> None:
+    model = conv_net()
+    _, optimizer, ast = wrapped(model, sgd(model, fused=True))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(6):
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(image_batch(step)[0]), image_batch(step)[1])
+        scaler.scale(loss * float("inf") if step == 2 else loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert ast.step == 5
+    assert ast.statistics()["sub_nets"]["s90"]["steps"] == 1
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["sgd", "lbfgs"])
+def test_a_closure_trains_as_the_plain_loop_does(kind: str) -> None:
+    def build(model: nn.Module) -> torch.optim.Optimizer:
+        return sgd(model) if kind == "sgd" else torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+
+    model = mlp()
+    optimizer = build(model)
+    ast = ast_plugin.wrap(optimizer, model, sparsities=(0.5, 0.8), total_steps=60, update_interval=6)
+    losses = []
+    for step in range(30):
+        inputs, labels = vector_batch(0 if kind == "lbfgs" else step, size=64)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(inputs), labels)  # noqa: B023  # called within this turn
+            loss.backward()
+            return loss
+
+        losses.append(float(optimizer.step(closure).detach()))
+        assert nonzero(model, ast) == ast.masks.total()
+    assert ast.step == 30
+    assert min(losses[-6:]) < 0.9 * losses[0]
+    if kind == "sgd":
+        plain = mlp()
+        plain_optimizer = build(plain)
+        ast_plugin.wrap(plain_optimizer, plain, sparsities=(0.5, 0.8), total_steps=60, update_interval=6)
+        for step in range(30):
+            train_step(plain, plain_optimizer, vector_batch(step, size=64))
+        assert_same(snapshot(model), snapshot(plain))
+
+
+def test_private_batch_norm_is_the_sub_nets_own_with_its_optimizer_state() -> None:
+    model, optimizer, ast = wrapped(method="static")
+    train(model, optimizer, range(9))
+    states = {name: ast.private_state(name) for name in ast.sub_nets}
+    assert set(states["s50"]) == {
+        f"norm{i}.{key}"
+        for i in range(3)
+        for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    }
+    for name in ast.sub_nets:
+        assert int(states[name]["norm0.num_batches_tracked"]) == 3
+    assert not torch.equal(states["s50"]["norm1.weight"], states["s90"]["norm1.weight"])
+    # Training s80 leaves the others' state alone, and at rest the model carries the default's.
+    while ast.active != "s80":
+        train_step(model, optimizer, image_batch(ast.step))
+    before = {name: ast.private_state(name) for name in ("s50", "s90")}
+    momentum = optimizer.state[model.norm1.weight]["momentum_buffer"].clone()
+    train_step(model, optimizer, image_batch(ast.step))
+    for name in ("s50", "s90"):
+        assert_same(before[name], ast.private_state(name))
+    assert_same(before["s50"], {k: v for k, v in model.state_dict().items() if k in before["s50"]})
+    assert torch.equal(momentum, optimizer.state[model.norm1.weight]["momentum_buffer"])
+
+
+def test_shared_normalization_on_request() -> None:
+    model, optimizer, ast = wrapped(private_normalization=False)
+    train(model, optimizer, range(6))
+    assert ast.private_state("s90") == {}
+    assert int(model.norm0.num_batches_tracked) == 6
+    with pytest.raises(ast_plugin.ConfigError, match="share one set of BatchNorm statistics"):
+        ast.recalibrate([image_batch(0)])
+    ast.recalibrate([image_batch(0)], sub_nets=["s90"])
+
+
+def test_recalibrate_estimates_each_sub_nets_statistics_from_data() -> None:
+    model, optimizer, ast = wrapped(method="static")
+    train(model, optimizer, range(9))
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    loader = [image_batch(step) for step in range(4)]
+    model.train()
+    ast.recalibrate(loader)
+    assert model.training
+    assert_same(weights, {name: parameter.detach() for name, parameter in model.named_parameters()})
+    stem = torch.cat([model.stem(images) for images, _ in loader])
+    for name in ast.sub_nets:
+        # The stem is dense, so every sub-net sees the same mean over equally sized batches there ...
+        torch.testing.assert_close(ast.private_state(name)["norm0.running_mean"], stem.mean(dim=(0, 2, 3)))
+    # ... and its own further in.
+    assert not torch.allclose(
+        ast.private_state("s50")["norm1.running_mean"], ast.private_state("s90")["norm1.running_mean"]
+    )
+    with pytest.raises(ast_plugin.ConfigError, match="loader gave no batch"):
+        ast.recalibrate([])
+
+
+def test_statistics_are_a_plain_mapping_and_metrics_are_kept() -> None:
+    model, optimizer, ast = wrapped()
+    assert ast.statistics()["mean_cosine"] is None
+    train(model, optimizer, range(60))
+    figures = ast.statistics()
+    assert figures["steps"] == 60
+    assert {k: v["steps"] for k, v in figures["sub_nets"].items()} == {"s50": 20, "s80": 20, "s90": 20}
+    assert figures["checks"] == sum(v["checks"] for v in figures["sub_nets"].values())
+    assert figures["sub_nets"]["s90"]["sparsity"] == pytest.approx(0.9, abs=1e-3)
+    history = ast.history
+    last = {point["sub_net"]: point for point in history["sparsity"]}
+    assert {k: round(v["achieved"], 2) for k, v in last.items()} == {"s50": 0.5, "s80": 0.8, "s90": 0.9}
+    assert sum(point["checks"] for point in history["conflicts"]) <= figures["checks"]
+    assert history["conflicts"]
+    ast.add_report_metric("accuracy", 0.5, sub_net="s90")
+    assert ast.metrics["s90"] == {"accuracy": 0.5}
+    with pytest.raises(ast_plugin.ConfigError, match="no sub-net 's99'"):
+        ast.add_report_metric("accuracy", 0.5, sub_net="s99")
+
+
+def test_describe_lists_every_parameter_before_any_training() -> None:
+    model, _, ast = wrapped()
+    table = ast.describe()
+    rows = {row.parameter: row for row in table.rows}
+    assert list(rows) == [name for name, _ in model.named_parameters()]
+    assert rows["stem.weight"].reason == "input stem"
+    assert not rows["norm0.weight"].prunable
+    assert rows["conv1.weight"].sparsity == {"s50": 0.0, "s80": 0.0, "s90": 0.0}
+    text = str(table)
+    assert "conv2.weight" in text
+    assert "16x16x3x3" in text
+    assert "no: input stem" in text
+    assert table.total_weights == sum(p.numel() for p in model.parameters())
+    assert table.to_dict()["prunable_weights"] == ast.masks.total()
+
+
+def test_detach_leaves_an_ordinary_dense_model() -> None:
+    model, optimizer, ast = wrapped()
+    train(model, optimizer, range(6))
+    functional.cross_entropy(model(image_batch(6)[0]), image_batch(6)[1])  # a forward whose backward never comes
+    assert ast.detach() is model
+    assert not ast.attached
+    assert nonzero(model, ast) == ast.masks.total()
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+    assert not model._state_dict_pre_hooks
+    assert not model._load_state_dict_pre_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    assert all(not parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+    assert "ast_plugin" not in optimizer.state_dict()
+    ast.detach()
+
+
+def test_state_dicts_are_dense_even_between_forward_and_backward() -> None:
+    model, _optimizer, ast = wrapped(method="static")
+    before = snapshot(model)
+    model.norm0.eval(), model.norm1.eval(), model.norm2.eval()
+    model(image_batch(0)[0])
+    state = model.state_dict()
+    for name in ast.masks.parameters:
+        assert torch.equal(state[name], before[name])
+    assert nonzero(model, ast) == ast.masks.total()
+
+
+def test_loading_weights_while_a_sub_net_is_on_keeps_what_was_loaded() -> None:
+    model, optimizer, ast = wrapped(method="static")
+    model(image_batch(0)[0])
+    other = conv_net(seed=5).state_dict()
+    model.load_state_dict(other)
+    assert_same(dict(other), dict(model.state_dict()))
+    train(model, optimizer, range(3))
+    assert ast.step == 3
+
+
+def test_parameters_replaced_by_assignment_are_trained_as_before() -> None:
+    model, _, ast = wrapped(method="static")
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    functional.cross_entropy(model(image_batch(0)[0]), image_batch(0)[1]).backward()
+    for name in ast.masks.parameters:
+        assert not model.get_parameter(name).grad[~ast.masks.get("s50", name)].any()
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_of_the_model_are_ordinary_dense_models(how: str) -> None:
+    model, optimizer, ast = wrapped(method="static")
+    train(model, optimizer, range(6))
+    twin: Any
+    if how == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    assert_same(snapshot(model), snapshot(twin))
+    before = snapshot(model)
+    train(twin, sgd(twin), range(3))
+    assert_same(before, snapshot(model))
+    assert ast.step == 6
+    twin.eval()
+    seen = []
+    twin.head.register_forward_hook(lambda *_: seen.append(nonzero(twin, ast)))
+    twin(image_batch(0)[0])
+    assert seen[0] > ast.masks.kept("s50")
+
+
+class Boom(torch.autograd.Function):
+    """Passes its input on, and raises in backward what it was told to."""
+
+    error: type[BaseException] = RuntimeError
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise Boom.error("in backward")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_backward_that_raises_leaves_dense_weights_at_once(error: type[BaseException]) -> None:
+    model, optimizer, ast = wrapped(method="static")
+    train(model, optimizer, range(3))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    Boom.error = error
+    handle = model.norm1.register_forward_hook(lambda _, __, output: Boom.apply(output))
+    with pytest.raises(error, match="in backward"):
+        functional.cross_entropy(model(image_batch(3)[0]), image_batch(3)[1]).backward()
+    assert_same(before, {name: p.detach() for name, p in model.named_parameters()})
+    handle.remove()
+    name = ast.active
+    train_step(model, optimizer, image_batch(3))
+    assert ast.statistics()["sub_nets"][name]["steps"] == 2
+
+
+def test_a_forward_that_raises_midway_leaves_dense_weights_at_once() -> None:
+    model, optimizer, ast = wrapped(method="static")
+    train(model, optimizer, range(3))
+    for training in (True, False):
+        model.train(training)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        with pytest.raises(RuntimeError):
+            model(torch.zeros(2, 3, 8, 8))
+        assert_same(before, {name: p.detach() for name, p in model.named_parameters()})
+    train(model, optimizer, range(3, 6))
+    assert ast.step == 6
+
+
+@pytest.mark.parametrize("touch", ["state_dict", "optimizer", "save", "forward", "detach"])
+def test_an_interrupt_inside_forward_is_mended_at_the_next_touch(touch: str, tmp_path: Any) -> None:
+    model, optimizer, ast = wrapped(method="static", default_sub_net="s80")
+    train(model, optimizer, range(3))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.conv2.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(image_batch(3)[0])
+    handle.remove()
+    touches: dict[str, Callable[[], Any]] = {
+        "state_dict": model.state_dict,
+        "optimizer": optimizer.state_dict,
+        "save": lambda: ast.save(tmp_path / "elastic.safetensors"),
+        "forward": lambda: model.eval()(image_batch(3)[0]),
+        "detach": ast.detach,
+    }
+    touches[touch]()
+    assert_same(before, {name: p.detach() for name, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_gradients_leave_the_masks_valid(value: float) -> None:
+    model, optimizer, ast = wrapped()
+    train(model, optimizer, range(5))
+    for step in range(5, 60):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(image_batch(step)[0]), image_batch(step)[1]).backward()
+        if step in (6, 7, 8, 20):
+            with torch.no_grad():
+                model.conv1.weight.grad.fill_(value)
+            weights = snapshot(model)
+        optimizer.step()
+        if step in (6, 7, 8, 20):
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(weights[name])
+                for state in optimizer.state.values():
+                    state["momentum_buffer"].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    for name, sparsity in zip(ast.sub_nets, (0.5, 0.8, 0.9), strict=True):
+        assert abs(ast.masks.kept(name) - (1 - sparsity) * ast.masks.total()) <= 1
+    assert ast.statistics()["mean_cosine"] == pytest.approx(ast.statistics()["mean_cosine"])
+
+
+def test_weights_gone_to_nan_leave_the_masks_exact() -> None:
+    model, optimizer, ast = wrapped()
+    train(model, optimizer, range(5))
+    with torch.no_grad():
+        model.conv1.weight[0] = float("nan")
+    train(model, optimizer, range(5, 60))
+    for name, sparsity in zip(ast.sub_nets, (0.5, 0.8, 0.9), strict=True):
+        assert abs(ast.masks.kept(name) - (1 - sparsity) * ast.masks.total()) <= 1
+
+
+class Failing:
+    """A plugin whose one hook raises."""
+
+    def __init__(self, hook: str) -> None:
+        def fail() -> None:
+            raise ZeroDivisionError("plugin bug")
+
+        self.__dict__[hook] = ast_plugin.hookimpl(fail, specname=hook)
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "ast_correct_gradients",
+        "ast_sub_net_switched",
+        "ast_masks_updated",
+        "ast_step_finished",
+        "ast_training_finished",
+    ],
+)
+def test_a_plugin_that_raises_is_named_and_leaves_dense_weights(hook: str) -> None:
+    model, optimizer, ast = wrapped(plugins=[Failing(hook)])
+    with pytest.raises(ast_plugin.PluginError, match=hook):
+        train(model, optimizer, range(60))
+    assert nonzero(model, ast) == ast.masks.total()
+    assert_same({k: v for k, v in snapshot(model).items() if k in ast.private_state("s50")}, ast.private_state("s50"))
+
+
+@pytest.mark.parametrize("hook", ["ast_methods", "ast_select_parameters"])
+def test_a_plugin_that_raises_in_wrap_is_named_and_nothing_is_attached(hook: str) -> None:
+    model = conv_net()
+    before = snapshot(model)
+    with pytest.raises(ast_plugin.PluginError, match=hook):
+        wrapped(model, plugins=[Failing(hook)])
+    assert_same(before, snapshot(model))
+    assert not model._forward_pre_hooks
+
+
+def test_observers_hear_of_every_event_in_order() -> None:
+    heard: list[tuple[Any, ...]] = []
+
+    class Listener:
+        @ast_plugin.hookimpl
+        def ast_sub_net_switched(self, sub_net: str) -> None:
+            heard.append(("switched", sub_net))
+
+        @ast_plugin.hookimpl
+        def ast_masks_updated(self, sub_net: str, step: int) -> None:
+            heard.append(("updated", sub_net, step))
+
+        @ast_plugin.hookimpl
+        def ast_step_finished(self, step: int, sub_net: str) -> None:
+            heard.append(("finished", step, sub_net))
+
+        @ast_plugin.hookimpl
+        def ast_training_finished(self) -> None:
+            heard.append(("done",))
+
+    model, optimizer, _ast = wrapped(plugins=[Listener()], total_steps=12, update_interval=3, stagger=False)
+    train(model, optimizer, range(12))
+    assert heard[:3] == [("updated", "s50", 0), ("finished", 0, "s50"), ("switched", "s80")]
+    assert heard[-1] == ("done",)
+    assert [event for event in heard if event[0] == "finished"] == [
+        ("finished", step, ("s50", "s80", "s90")[step % 3]) for step in range(12)
+    ]
+
+
+def test_an_optimizer_step_that_raises_is_mended_at_the_next_touch() -> None:
+    model, optimizer, ast = wrapped()
+    train(model, optimizer, range(4))
+    before = ast.private_state("s50")
+    functional.cross_entropy(model(image_batch(4)[0]), image_batch(4)[1]).backward()
+    assert ast.active == "s80"
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("in step")
+
+    handle = optimizer.register_step_pre_hook(fail)  # runs after ours, when s80's BatchNorm state is in the model
+    with pytest.raises(RuntimeError, match="in step"):
+        optimizer.step()
+    handle.remove()
+    state = model.state_dict()
+    assert_same(before, {k: v for k, v in state.items() if k in before})
+    train_step(model, optimizer, image_batch(4))
+    assert ast.step == 5

@@ -1,0 +1,201 @@
+"""Bad input to `wrap`: a message that names parameter, value and remedy, on an untouched model."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from networks import assert_same, conv_net, image_batch, mlp, sgd, snapshot, train, train_step, wrapped
+from torch import nn
+
+import ast_plugin
+from ast_plugin.wrapping import ASTOptions
+
+
+def refused(error: type[Exception], message: str, model: nn.Module | None = None, **options: Any) -> None:
+    """Assert that wrap refuses, and that the model is dense, unhooked and trains as if nothing had happened."""
+    model = conv_net() if model is None else model
+    optimizer = sgd(model)
+    before = snapshot(model)
+    with pytest.raises(error, match=message) as caught:
+        ast_plugin.wrap(optimizer, model, **{"sparsities": (0.5, 0.9), "total_steps": 100, **options})
+    assert isinstance(caught.value, ast_plugin.ASTError)
+    assert_same(before, snapshot(model))
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+    assert "ast_plugin" not in optimizer.state_dict()
+    assert all(not parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsities": (1.0,)}, r"sparsities must hold fractions of zeros in \[0, 1\), got 1.0"),
+        ({"sparsities": (-0.1,)}, r"got -0.1"),
+        ({"sparsities": (90,)}, r"got 90; for 90 % write 0.9"),
+        ({"sparsities": (0.9, 0.9)}, r"names the sub-net 's90' twice; remove the duplicate"),
+        ({"sparsities": ()}, r"sparsities is empty: give at least one sub-net"),
+        ({"sparsities": ("4:2",)}, r"entry '4:2' keeps 4 of every 2 weights.*did you mean '2:4'"),
+        ({"sparsities": ("0.9",)}, r"write the number 0.9 without quotes"),
+        ({"sparsities": 0.9}, r"sparsities must be a list or tuple, got 0.9; write \(0.9,\)"),
+        ({"method": "granett"}, r"granett.*did you mean 'granet'"),
+        ({"pattern": "unstructred"}, r"unstructred.*did you mean 'unstructured'"),
+        ({"distribution": "erkk"}, r"erkk.*did you mean 'erk'"),
+        ({"alternation": "alternate"}, r"alternate.*did you mean 'alternating'"),
+        ({"alternation": "single_path"}, r"steps_per_epoch"),
+        ({"alternation": "fixed:s95"}, r"s95"),
+        ({"correction": "layers"}, r"correction must be one of layer, global, off, got 'layers'"),
+        ({"inactive": "drop"}, r"inactive must be one of coast, freeze, got 'drop'"),
+        ({"total_steps": 0}, r"total_steps must be a positive number of optimizer steps, got 0"),
+        ({"total_steps": 2}, r"total_steps"),
+        ({"total_steps": None}, r"total_steps"),
+        ({"begin_step": 90, "end_step": 20}, r"begin_step"),
+        ({"end_step": 100}, r"end_step"),
+        ({"update_interval": 99}, r"update_interval"),
+        ({"drop_fraction": 1.5}, r"drop_fraction must lie in \[0, 1\), got 1.5"),
+        ({"initial_sparsity": 0.3, "method": "rigl"}, r"initial_sparsity=0.3 has no meaning for method 'rigl'"),
+        ({"default_sub_net": "s95"}, r"default_sub_net names no sub-net.*s90"),
+        ({"distribution": {"conv*.weight": {"s95": 0.5}}}, r"names no sub-net: 's95'"),
+        ({"distribution": {"con1.weight": 0.5}}, r"con1.weight"),
+        ({"sparsity": 0.9}, r"unknown setting 'sparsity': did you mean 'sparsities'"),
+        ({"seed": "x"}, r"seed must be an int, got 'x'"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused_with_the_value_and_a_remedy(options: dict[str, Any], message: str) -> None:
+    refused(ast_plugin.ConfigError, message, **options)
+
+
+def test_too_many_zeros_for_the_number_of_layers_are_refused() -> None:
+    refused(ast_plugin.ConfigError, "allow_empty_layers", mlp(), sparsities=(0.5, 0.999))
+
+
+def test_nothing_prunable_is_refused_with_what_was_seen() -> None:
+    model = nn.Sequential(nn.Embedding(4, 8), nn.LayerNorm(8))
+    with pytest.raises(ast_plugin.SelectionError, match=r"(?s)0\.weight.*embedding"):
+        ast_plugin.wrap(sgd(model), model, sparsities=(0.9,), total_steps=100)
+
+
+def test_a_glob_that_matches_nothing_is_refused() -> None:
+    refused(ast_plugin.SelectionError, r"conv9", include=("conv9.*",))
+    refused(ast_plugin.SelectionError, r"haed", exclude=("haed.weight",))
+
+
+def test_prunable_parameters_missing_from_the_optimizer_are_refused_by_name() -> None:
+    model = conv_net()
+    optimizer = torch.optim.SGD(model.conv1.parameters(), lr=0.1)
+    with pytest.raises(
+        ast_plugin.SelectionError, match=r"does not train 2 of 3 prunable parameters: conv2.weight, head.weight"
+    ):
+        ast_plugin.wrap(optimizer, model, sparsities=(0.9,), total_steps=100)
+    assert not model._forward_pre_hooks
+
+
+def test_a_model_or_optimizer_is_wrapped_once_until_detached() -> None:
+    model, optimizer, ast = wrapped()
+    with pytest.raises(ast_plugin.WrapError, match=r"the model is wrapped already; call detach\(\)"):
+        ast_plugin.wrap(sgd(model), model, sparsities=(0.9,), total_steps=100)
+    outer = nn.Sequential(model)
+    with pytest.raises(ast_plugin.WrapError, match="the model is wrapped already"):
+        ast_plugin.wrap(sgd(outer), outer, sparsities=(0.9,), total_steps=100)
+    other = conv_net()
+    optimizer.add_param_group({"params": list(other.parameters())})
+    with pytest.raises(ast_plugin.WrapError, match="the optimizer is wrapped already"):
+        ast_plugin.wrap(optimizer, other, sparsities=(0.9,), total_steps=100)
+    ast.detach()
+    assert ast_plugin.wrap(sgd(model), model, sparsities=(0.9,), total_steps=100).attached
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda m: (m, m), "optimizer must be a torch.optim.Optimizer, got ConvNet"),
+        (lambda m: (sgd(m), list(m.parameters())), "model must be a torch.nn.Module, got list"),
+    ],
+)
+def test_things_that_are_no_model_or_optimizer_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(ast_plugin.WrapError, match=message):
+        ast_plugin.wrap(*arguments(conv_net()), sparsities=(0.9,), total_steps=100)
+
+
+def test_deepspeed_second_order_and_uninitialised_models_are_refused_with_a_reason() -> None:
+    model = conv_net()
+    engine = type("DeepSpeedEngine", (nn.Module,), {"__module__": "deepspeed.runtime.engine"})()
+    with pytest.raises(ast_plugin.WrapError, match="DeepSpeed's: its engine steps inside backward"):
+        ast_plugin.wrap(sgd(model), engine, sparsities=(0.9,), total_steps=100)
+    second = sgd(model)
+    second.is_second_order = True
+    with pytest.raises(ast_plugin.WrapError, match="second derivatives"):
+        ast_plugin.wrap(second, model, sparsities=(0.9,), total_steps=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # older versions of torch warn of lazy modules
+        lazy = nn.Sequential(nn.LazyLinear(4))
+    with pytest.raises(ast_plugin.WrapError, match="run one forward pass before"):
+        ast_plugin.wrap(sgd(conv_net()), lazy, sparsities=(0.9,), total_steps=100)
+
+
+def test_settings_may_come_as_a_config_but_not_both_ways() -> None:
+    config = ast_plugin.ASTConfig(sparsities=(0.5, 0.9), total_steps=60)
+    model = conv_net()
+    with pytest.raises(ast_plugin.ConfigError, match=r"config and single settings \(seed\) exclude each other"):
+        ast_plugin.wrap(sgd(model), model, config, seed=1)
+    with pytest.raises(ast_plugin.ConfigError, match="config must be an ASTConfig, got dict"):
+        ast_plugin.wrap(sgd(model), model, {"sparsities": (0.9,)})
+    ast = ast_plugin.wrap(sgd(model), model, config)
+    assert ast.config is config
+
+
+def test_a_config_and_the_same_options_train_alike() -> None:
+    results = []
+    for as_config in (True, False):
+        model = conv_net()
+        optimizer = sgd(model)
+        settings = {"sparsities": (0.5, 0.9), "total_steps": 30, "update_interval": 5}
+        if as_config:
+            ast_plugin.wrap(optimizer, model, ast_plugin.ASTConfig(**settings))
+        else:
+            ast_plugin.wrap(optimizer, model, **settings)
+        train(model, optimizer, range(10))
+        results.append(snapshot(model))
+    assert_same(*results)
+
+
+def test_the_options_of_wrap_are_the_settings_of_the_config() -> None:
+    assert set(ASTOptions.__annotations__) == {field.name for field in dataclasses.fields(ast_plugin.ASTConfig)}
+
+
+def test_a_method_may_be_an_object_of_ones_own() -> None:
+    from ast_plugin.methods import magnitude
+
+    method = ast_plugin.Method(name="mine", description="magnitude once", drop_score=magnitude, reselect=True)
+    model, optimizer, ast = wrapped(method=method)
+    train(model, optimizer, range(60))
+    assert ast.config.method == "mine"
+    assert ast.masks.sparsity("s90") == pytest.approx(0.9, abs=1e-3)
+
+
+def test_an_optimizer_inside_a_wrapper_is_found() -> None:
+    model = conv_net()
+    inner = sgd(model)
+
+    class Holder:
+        def __init__(self) -> None:
+            self.optimizer = inner
+
+    ast = ast_plugin.wrap(Holder(), model, sparsities=(0.5, 0.9), total_steps=60)
+    assert ast.optimizer is inner
+    train_step(model, inner, image_batch(0))
+    assert ast.step == 1
+
+
+def test_a_forgotten_controller_goes_on_working_and_is_freed_with_its_model() -> None:
+    model = conv_net()
+    optimizer = sgd(model)
+    ast_plugin.wrap(optimizer, model, sparsities=(0.5, 0.9), total_steps=60)
+    gc.collect()
+    train_step(model, optimizer, image_batch(0))
+    assert optimizer.state_dict()["ast_plugin"]["step"] == 1
