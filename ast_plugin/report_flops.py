@@ -90,7 +90,7 @@ def describe_inputs(example_inputs: Any) -> str:
     return type(example_inputs).__name__
 
 
-class _Attribution(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+class _Attribution(TorchDispatchMode):
     """Assigns the growth of the counter's total during an operation to the parameter which that operation reads."""
 
     def __init__(self, counter: FlopCounterMode, owners: Mapping[int, str]) -> None:

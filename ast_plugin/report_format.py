@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-ABSENT = "–"  # noqa: RUF001  # an en dash: an empty cell that is not a minus sign
+ABSENT = "–"  # an en dash: an empty cell that is not a minus sign
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
 _BIDI = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")

@@ -142,9 +142,7 @@ def gather(
             )
             for parameter, shape in shapes.items()
         ),
-        "overlap": tuple(
-            tuple(finite(masks.overlap(a, b)) if masks.kept(a) else None for b in names) for a in names
-        ),
+        "overlap": tuple(tuple(finite(masks.overlap(a, b)) if masks.kept(a) else None for b in names) for a in names),
         "sparsity_history": tuple(
             SparsityPoint(
                 step=int(point["step"]),

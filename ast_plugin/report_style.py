@@ -1,7 +1,8 @@
 """The style sheet of the HTML report.
 
-Eight colours that people with the common forms of colour blindness can tell apart, in a tint for light and one for dark
-pages; shapes of marks tell the sub-nets apart as well.
+Eight colours in one set for light pages and one for dark: each has a contrast of 3 or more to its background, and any
+two differ by 14 or more in CIELAB for normal sight, protanopia, deuteranopia and tritanopia alike. The shapes of the
+marks tell the sub-nets apart as well.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ LIGHT = {
     "series-1": "#0072b2",
     "series-2": "#d55e00",
     "series-3": "#009e73",
-    "series-4": "#b8578c",
-    "series-5": "#b07d00",
-    "series-6": "#3d9fd9",
-    "series-7": "#4a4f57",
-    "series-8": "#6b46b8",
+    "series-4": "#362673",
+    "series-5": "#5c1b0a",
+    "series-6": "#a31aff",
+    "series-7": "#674c67",
+    "series-8": "#9980ff",
 }
 
 DARK = {
@@ -37,11 +38,11 @@ DARK = {
     "series-1": "#4aa3df",
     "series-2": "#ff8a3d",
     "series-3": "#2fc79b",
-    "series-4": "#e58fc0",
-    "series-5": "#e9b93a",
-    "series-6": "#a5d8f7",
-    "series-7": "#c3c9d1",
-    "series-8": "#a98bf0",
+    "series-4": "#c6d5ec",
+    "series-5": "#cc2900",
+    "series-6": "#a31aff",
+    "series-7": "#756f57",
+    "series-8": "#ffcc00",
 }
 
 _RULES = """
@@ -63,7 +64,8 @@ p { margin: 0 0 10px; max-width: 46rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 12px; margin: 20px 0 16px; }
 .tile { background: var(--surface); border: 1px solid var(--grid); border-radius: 10px; padding: 12px 16px; }
 .tile strong { display: block; font-size: 1.45rem; line-height: 1.25; font-weight: 650; overflow-wrap: anywhere; }
-.tile span { color: var(--muted); font-size: .875rem; line-height: 1.35; display: block; }
+.one { white-space: nowrap; }
+.tile > span { color: var(--muted); font-size: .875rem; line-height: 1.35; display: block; }
 .note {
   background: var(--note); border-left: 4px solid var(--note-edge); border-radius: 6px; padding: 10px 16px;
   margin: 0 0 12px; max-width: none;
@@ -72,22 +74,27 @@ p { margin: 0 0 10px; max-width: 46rem; }
 .card > :last-child { margin-bottom: 0; }
 .pair { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 16px; align-items: start; }
 .single { display: grid; grid-template-columns: minmax(0, 620px); }
-.pair > .card:last-child:nth-child(odd):not(:first-child) { grid-column: span 1; }
 .stay { position: sticky; top: 16px; }
 .tall { max-height: min(86vh, 1100px); overflow-y: auto; }
 figure svg { display: block; width: 100%; height: auto; overflow: visible; }
 figure svg * { stroke-linejoin: round; }
 figure svg text { font-family: inherit; font-variant-numeric: inherit; }
 figcaption { margin-top: 8px; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; list-style: none; margin: 0 0 12px; padding: 0; font-size: .9rem; }
+.legend {
+  display: flex; flex-wrap: wrap; gap: 4px 18px; list-style: none; margin: 0 0 12px; padding: 0; font-size: .9rem;
+}
 .legend li, .name { display: inline-flex; align-items: center; gap: 7px; overflow-wrap: anywhere; }
-.mark { flex: none; width: 14px; height: 14px; line-height: 0; }
-.mark svg { display: block; width: 14px; height: 14px; overflow: visible; }
+.mark { flex: none; width: 14px; height: 14px; overflow: visible; }
+.symbols { position: absolute; }
 .scroll { overflow-x: auto; }
-.scroll:focus-visible, .tall:focus-visible, summary:focus-visible { outline: 2px solid rgb(var(--heat)); outline-offset: 2px; }
+.scroll:focus-visible, .tall:focus-visible, summary:focus-visible {
+  outline: 2px solid rgb(var(--heat)); outline-offset: 2px;
+}
 table { border-collapse: collapse; width: 100%; font-size: .925rem; }
 caption { text-align: left; padding-bottom: 8px; }
-th, td { padding: 7px 12px; border-bottom: 1px solid var(--grid); text-align: right; white-space: nowrap; vertical-align: top; }
+th, td {
+  padding: 7px 12px; border-bottom: 1px solid var(--grid); text-align: right; white-space: nowrap; vertical-align: top;
+}
 th { font-weight: 600; }
 thead th { color: var(--muted); font-size: .85rem; vertical-align: bottom; }
 th:first-child, td:first-child, .left { text-align: left; }
@@ -101,9 +108,15 @@ td.off { color: var(--ink); font-weight: 650; box-shadow: inset 0 -3px 0 var(--n
   background: rgb(var(--heat) / var(--share)); }
 .heat thead th, .heat tbody th { text-align: center; border: 0; color: var(--ink); font-size: .9rem; }
 .heat tbody th { text-align: left; }
-.heat tfoot > tr > * { color: var(--muted); font-weight: 400; font-size: .85rem; border: 0; text-align: center; padding-top: 10px; }
-.heat tfoot th { text-align: left; white-space: normal; min-width: 5.5rem; }
-details { background: var(--surface); border: 1px solid var(--grid); border-radius: 10px; padding: 0 18px; margin: 12px 0; }
+.heat.many { width: 100%; font-size: .8rem; }
+.heat.many td, .heat.many th { padding: 6px 3px; min-width: 2.9rem; font-size: inherit; }
+.heat tfoot > tr > * {
+  color: var(--muted); font-weight: 400; font-size: .85rem; border: 0; text-align: center; padding-top: 10px;
+}
+.heat tfoot th { text-align: left; white-space: normal; width: 7.5rem; line-height: 1.3; }
+details {
+  background: var(--surface); border: 1px solid var(--grid); border-radius: 10px; padding: 0 18px; margin: 12px 0;
+}
 summary { cursor: pointer; padding: 12px 0; font-weight: 600; }
 details[open] { padding-bottom: 14px; }
 .wrap td, .wrap th { white-space: normal; overflow-wrap: anywhere; text-align: left; }
@@ -124,7 +137,9 @@ footer p { max-width: none; }
   .tile strong { font-size: 1.2rem; }
   .card { padding: 12px; border-radius: 8px; }
   th, td { padding: 6px 8px; }
+  figure svg text { font-size: 12.5px !important; }
   .heat td { min-width: 3.6rem; }
+  .heat tfoot th { width: 6rem; }
 }
 @media print {
   .tall { max-height: none; }

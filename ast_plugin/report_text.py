@@ -9,7 +9,18 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from ast_plugin.report_format import ABSENT, clean, cosine, count, decimals, duration, grouped, layer_labels, percent, shape
+from ast_plugin.report_format import (
+    ABSENT,
+    clean,
+    cosine,
+    count,
+    decimals,
+    duration,
+    grouped,
+    layer_labels,
+    percent,
+    shape,
+)
 
 if TYPE_CHECKING:
     from ast_plugin.report import Report
@@ -168,11 +179,9 @@ def _with_rich(head: Sequence[str], tables: Sequence[TextTable], notes: Sequence
     system: Literal["standard"] | None = "standard" if color else None
     console = Console(file=out, width=width, force_terminal=color, color_system=system, highlight=False)
     console.print(Text(head[0], style="bold"), *(Text(line) for line in head[1:]), "", sep="\n")
-    for table in (part for table in tables for part in split_columns(table, width, headings_break=True)):
+    for table in [part for whole in tables for part in split_columns(whole, width, headings_break=True)]:
         drawn = Table(box=box.SIMPLE_HEAD, padding=0)
-        for i, (heading, widest) in enumerate(
-            zip(table.columns, _min_widths(table, headings_break=True), strict=True)
-        ):
+        for i, (heading, widest) in enumerate(zip(table.columns, _min_widths(table, headings_break=True), strict=True)):
             drawn.add_column(
                 Text(heading), justify="right" if i else "left", style="" if i else "bold", min_width=widest
             )
