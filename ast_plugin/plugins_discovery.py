@@ -128,4 +128,4 @@ def located(source: str, plugin: object) -> str:
     """Return `source` with the file in which the code of `plugin` lies, where there is one."""
     module = plugin if isinstance(plugin, types.ModuleType) else sys.modules.get(type(plugin).__module__)
     path = getattr(module, "__file__", None)
-    return f"{source} ({path})" if path else source
+    return f"{source}, {path}" if path else source
