@@ -6,17 +6,17 @@ fractions; `kept_units` turns the answer into whole numbers whose sum is exact.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from ast_plugin.errors import ConfigError, near_names
 from ast_plugin.patterns import nearest_count
-from ast_plugin.selection_kernels import counts_above_global_threshold, ordered_keys
+from ast_plugin.selection_kernels import counts_above_global_threshold
 from ast_plugin.sub_nets import checked_sparsity
 
 _NEARLY = 1e-6  # of a unit: fractions that rounding errors keep from being whole
@@ -246,12 +246,13 @@ def _check_sparsities(request: DistributionRequest, sparsities: Sequence[float])
 
 def _best_by_weight(request: DistributionRequest, scores: Sequence[Tensor]) -> list[int]:
     """Return how many units of each layer are among the best of all that make up the wanted number of weights."""
-    layers = request.layers
-    # On the CPU in float64 everywhere: channels are few, and the sums must not differ from device to device.
-    together = torch.cat([part.detach().cpu().double() for part in scores])
-    owners = torch.repeat_interleave(torch.tensor([layer.units for layer in layers]))
-    sizes = torch.tensor([layer.unit_size for layer in layers], dtype=torch.float64)
-    order = torch.sort(ordered_keys(together), descending=True, stable=True).indices
-    reached = torch.cat([together.new_zeros(1), sizes[owners[order]].cumsum(0)])
-    count = int((reached - request.kept_weights).abs().argmin())
-    return torch.bincount(owners[order[:count]], minlength=len(layers)).tolist()
+    sizes = [layer.unit_size for layer in request.layers]
+
+    def weights_in_best(count: int) -> float:
+        counts = counts_above_global_threshold(scores, count)
+        return sum(units * size for units, size in zip(counts, sizes, strict=True))
+
+    units = sum(layer.units for layer in request.layers)
+    enough = bisect.bisect_left(range(units), float(request.kept_weights), key=weights_in_best)
+    nearest = min((enough, max(enough - 1, 0)), key=lambda count: abs(weights_in_best(count) - request.kept_weights))
+    return counts_above_global_threshold(scores, nearest)

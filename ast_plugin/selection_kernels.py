@@ -26,7 +26,9 @@ _Scores = NDArray[np.floating]
 _Flags = NDArray[np.bool_]
 
 _BLOCK = 1 << 17  # scores per block: with its flags well inside a level-2 cache
-_GATHER_ALL = 1 << 14  # fewer scores than this are not worth a sample
+_GATHER_ALL = 1 << 13  # fewer scores than this are not worth a sample
+_LEAST_SAMPLE = 1 << 10
+_SAMPLE_SCALE = 1.5  # times n^(2/3), where drawing the sample and gathering the bracket cost about the same
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _WIDTHS = (3.0, 12.0, math.inf)  # half-widths to try for the bracket, in standard deviations of the sample's rank
 
@@ -91,6 +93,8 @@ def counts_above_global_threshold(chunks: Sequence[Tensor], count: int) -> list[
     """
     if count == 0:
         return [0] * len(chunks)
+    if count == sum(chunk.numel() for chunk in chunks):
+        return [chunk.numel() for chunk in chunks]
     cut = _cut_of(chunks, count)
     counts, left = [], count - sum(cut.better)
     for better, equal in zip(cut.better, cut.equal, strict=True):
@@ -174,12 +178,13 @@ def _bracket(
         return -math.inf, math.inf
     sizes = [array.size for array in arrays]
     length = sum(sizes)
-    wanted = max(1 << 13, int(total ** (2 / 3)))
+    wanted = max(_LEAST_SAMPLE, int(_SAMPLE_SCALE * total ** (2 / 3)))
     # One position from each of `drawn` equal stretches, at a place that shifts by the golden ratio: weights come in
     # rows and kernels, and a constant stride could meet always the same place of them.
     drawn = min(length, wanted * length // total)
-    order = np.arange(drawn)
-    positions = ((order + order * _GOLDEN % 1.0) * (length / drawn)).astype(np.int64)
+    order = np.arange(drawn, dtype=np.float64)
+    shift = order * _GOLDEN
+    positions = ((order + shift - np.floor(shift)) * (length / drawn)).astype(np.int64)
     if flags is not None:
         positions = positions[flags[positions]]
     stops = np.searchsorted(positions, np.cumsum(sizes))
