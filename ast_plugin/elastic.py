@@ -21,6 +21,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from ast_plugin.elastic_contents import ElasticContents
 from ast_plugin.elastic_file import read_elastic
@@ -52,9 +53,9 @@ class Elastic:
     """A model that can be any sub-net of an elastic file; `load` makes it.
 
     The tensors of the active sub-net are the model's own: what changes the model in place (an optimizer, BatchNorm in
-    training mode, ``load_state_dict``) changes that sub-net. ``model.to(...)`` may be used; the other sub-nets follow
-    at the next switch. A switch concerns the model, hence every thread that uses it: do not switch during a forward
-    pass.
+    training mode, ``load_state_dict``) changes that sub-net, and in tensors that all share, such as biases, all of
+    them. ``model.to(...)`` may be used; the other sub-nets follow at the next switch. A switch concerns the model,
+    hence every thread that uses it: do not switch during a forward pass, nor between one and its backward pass.
 
     Args:
         model: The model as the caller uses it.
@@ -176,8 +177,13 @@ class Elastic:
             raise ConfigError(f"unknown sub-net {name!r}: {near_names(str(name), self.sub_nets)}")
 
     def _install(self, own: list[Tensor]) -> None:
+        switched = []
         for (slots, attribute), tensor in zip(self._slots, own, strict=True):
-            slots[attribute].data = tensor
+            target = slots[attribute]
+            target.data = tensor
+            switched.append(target)
+        # A backward pass over a forward pass of another sub-net now raises; its gradients would be silently wrong.
+        increment_version(switched)
         # Autocast keeps low-precision copies by tensor object, which stays the same; they would be the old weights.
         torch.clear_autocast_cache()
 
