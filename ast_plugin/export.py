@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -212,8 +213,14 @@ def _is_sparse_matrix(tensor: Tensor, minimum_sparsity: float) -> bool:
     return 1 - int(torch.count_nonzero(tensor)) / tensor.numel() >= minimum_sparsity
 
 
-def _as_csr(tensor: Tensor) -> Tensor:
-    csr = tensor.detach().to_sparse_csr()
-    return torch.sparse_csr_tensor(
-        csr.crow_indices().to(torch.int32), csr.col_indices().to(torch.int32), csr.values(), tuple(tensor.shape)
-    )
+def _as_csr(matrix: Tensor) -> Tensor:
+    matrix = matrix.detach()
+    rows = torch.zeros(matrix.shape[0] + 1, dtype=torch.int32, device=matrix.device)
+    torch.cumsum(torch.count_nonzero(matrix, dim=1), dim=0, dtype=torch.int32, out=rows[1:])
+    places = matrix.nonzero(as_tuple=True)
+    with warnings.catch_warnings():
+        # Torch says once that sparse layouts are in beta; whoever calls for one knows.
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(
+            rows, places[1].to(torch.int32), matrix[places], tuple(matrix.shape), check_invariants=True
+        )
