@@ -1,0 +1,161 @@
+"""Hooks on model and optimizer, apart from what a controller does with them."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from networks import sgd
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ast_plugin.attachment import Attachment, attached_parts
+
+
+class Recorder:
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def before_forward(self) -> None:
+        self.events.append("before_forward")
+
+    def after_forward(self, raised: bool) -> bool:
+        self.events.append("raised" if raised else "after_forward")
+        return not raised
+
+    def after_backward(self) -> None:
+        self.events.append("after_backward")
+
+    def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.events.append("before_step")
+
+    def after_step(self) -> None:
+        self.events.append("after_step")
+
+    def before_state_access(self) -> None:
+        self.events.append("state")
+
+    def add_state(self, state_dict: dict[str, Any]) -> None:
+        state_dict["mine"] = 1
+
+    def take_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in state_dict.items() if key != "mine"}
+
+
+@dataclasses.dataclass
+class Output:
+    loss: Tensor
+    extra: Any = None
+
+
+class Plain:
+    def __init__(self, loss: Tensor) -> None:
+        self.loss = loss
+
+
+Named = collections.namedtuple("Named", ["loss"])
+
+SHAPES: dict[str, tuple[Any, Any]] = {
+    "tensor": (lambda t: t, lambda o: o),
+    "tuple": (lambda t: (1, t), lambda o: o[1]),
+    "list": (lambda t: [[t]], lambda o: o[0][0]),
+    "dict": (lambda t: {"a": {"b": t}}, lambda o: o["a"]["b"]),
+    "ordered": (lambda t: collections.OrderedDict(loss=t), lambda o: o["loss"]),
+    "named": (Named, lambda o: o.loss),
+    "dataclass": (lambda t: Output(loss=t, extra="x"), lambda o: o.loss),
+    "object": (Plain, lambda o: o.loss),
+}
+
+
+class Shaped(nn.Module):
+    def __init__(self, shape: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+        self.pack = SHAPES[shape][0]
+
+    def forward(self, x: Tensor) -> Any:
+        return self.pack(self.linear(x).sum())
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_the_end_of_backward_is_reported_whatever_the_model_returns(shape: str) -> None:
+    model, recorder = Shaped(shape), Recorder()
+    attachment = Attachment(model, sgd(model), recorder)
+    loss = SHAPES[shape][1](model(torch.ones(2, 3)))
+    recorder.events.clear()
+    loss.backward()
+    assert recorder.events == ["after_backward"]
+    attachment.remove()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_with_activation_checkpointing_it_is_reported_once_and_last(reentrant: bool) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = checkpoint(self.first, x, use_reentrant=reentrant)
+            return checkpoint(self.second, x, use_reentrant=reentrant)
+
+    model, recorder = Checkpointed(), Recorder()
+    Attachment(model, sgd(model), recorder)
+    output = model(torch.ones(2, 3, requires_grad=True))
+    recorder.events.clear()
+    for layer in (model.first, model.second):
+        layer.weight.register_post_accumulate_grad_hook(lambda _: recorder.events.append("gradient"))
+    output.sum().backward()
+    assert recorder.events == ["gradient", "gradient", "after_backward"]
+
+
+def test_events_come_in_the_order_of_a_step() -> None:
+    model, recorder = Shaped("tensor"), Recorder()
+    optimizer = sgd(model)
+    Attachment(model, optimizer, recorder)
+    model(torch.ones(2, 3)).backward()
+    optimizer.step()
+    assert recorder.events == ["before_forward", "after_forward", "after_backward", "before_step", "after_step"]
+    recorder.events.clear()
+    with pytest.raises(RuntimeError):
+        model(torch.ones(2, 5))
+    assert recorder.events == ["before_forward", "raised"]
+
+
+def test_state_dicts_are_announced_extended_and_stripped() -> None:
+    model, recorder = Shaped("tensor"), Recorder()
+    optimizer = sgd(model)
+    attachment = Attachment(model, optimizer, recorder)
+    state = optimizer.state_dict()
+    assert state["mine"] == 1
+    optimizer.load_state_dict(state)
+    assert state["mine"] == 1
+    model.load_state_dict(model.state_dict())
+    assert recorder.events == ["state"] * 3
+    attachment.remove()
+    assert "mine" not in optimizer.state_dict()
+
+
+def test_what_is_attached_is_known_until_removed() -> None:
+    model, other = Shaped("tensor"), Shaped("tensor")
+    optimizer, idle = sgd(model), sgd(other)
+    attachment = Attachment(model, optimizer, Recorder())
+    assert attached_parts(model, idle) == "the model"
+    assert attached_parts(nn.Sequential(model), idle) == "the model"
+    assert attached_parts(other, optimizer) == "the optimizer"
+    assert attached_parts(other, idle) == ""
+    attachment.remove()
+    assert attached_parts(model, optimizer) == ""
+
+
+def test_the_hook_runs_before_those_that_were_there() -> None:
+    model, recorder = Shaped("tensor"), Recorder()
+    model.register_forward_pre_hook(lambda *_: recorder.events.append("users"))
+    Attachment(model, sgd(model), recorder)
+    model(torch.ones(2, 3))
+    assert recorder.events == ["before_forward", "users", "after_forward"]

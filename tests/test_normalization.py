@@ -1,0 +1,96 @@
+"""Private BatchNorm state: swapping values and optimizer state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import assert_same, conv_net, mlp, sgd
+from torch import nn
+
+from ast_plugin.normalization import PrivateNormalization, batch_norm_modules
+
+
+def test_every_kind_of_batch_norm_is_found_and_layer_norm_is_not() -> None:
+    model = nn.ModuleDict(
+        {
+            "one": nn.BatchNorm1d(4),
+            "two": nn.SyncBatchNorm(4),
+            "plain": nn.BatchNorm2d(4, affine=False),
+            "batch": nn.BatchNorm2d(4, track_running_stats=False),
+            "layer": nn.LayerNorm(4),
+            "instance": nn.InstanceNorm2d(4, affine=True),
+        }
+    )
+    assert list(batch_norm_modules(model)) == ["one", "two", "plain", "batch"]
+    names = PrivateNormalization(model, ("a", "b"), "a").names
+    assert {name for name in names if name.startswith("plain.")} == {
+        "plain.running_mean",
+        "plain.running_var",
+        "plain.num_batches_tracked",
+    }
+    assert {name for name in names if name.startswith("batch.")} == {"batch.weight", "batch.bias"}
+
+
+def test_carrying_swaps_values_in_place_and_back() -> None:
+    model = conv_net()
+    private = PrivateNormalization(model, ("a", "b"), "a")
+    weight = model.norm0.weight
+    with torch.no_grad():
+        weight.fill_(2.0)
+    private.carry("b")
+    assert model.norm0.weight is weight
+    assert torch.equal(weight, torch.ones(8))  # b still has the value from before
+    with torch.no_grad():
+        weight.fill_(3.0)
+    assert torch.equal(private.state("b")["norm0.weight"], torch.full((8,), 3.0))
+    assert torch.equal(private.state("a")["norm0.weight"], torch.full((8,), 2.0))
+    private.carry("a")
+    assert torch.equal(weight, torch.full((8,), 2.0))
+    assert torch.equal(private.state("b")["norm0.weight"], torch.full((8,), 3.0))
+
+
+def test_optimizer_state_goes_with_the_sub_net() -> None:
+    model = conv_net()
+    optimizer = sgd(model)
+    private = PrivateNormalization(model, ("a", "b"), "a")
+    weight = model.norm0.weight
+    optimizer.state[weight]["momentum_buffer"] = torch.full((8,), 5.0)
+    private.carry_optimizer_state(optimizer, leaving="a", coming="b")
+    assert weight not in optimizer.state
+    private.carry_optimizer_state(optimizer, leaving="b", coming="a")
+    assert torch.equal(optimizer.state[weight]["momentum_buffer"], torch.full((8,), 5.0))
+
+
+def test_a_fused_optimizer_gets_zeroed_state_instead_of_none() -> None:
+    model = conv_net()
+    optimizer = sgd(model, fused=True)
+    private = PrivateNormalization(model, ("a", "b"), "a")
+    weight = model.norm0.weight
+    optimizer.state[weight]["momentum_buffer"] = torch.full((8,), 5.0)
+    private.carry_optimizer_state(optimizer, leaving="a", coming="b")
+    assert torch.equal(optimizer.state[weight]["momentum_buffer"], torch.zeros(8))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_without_batch_norm_or_when_disabled_nothing_is_private(enabled: bool) -> None:
+    private = PrivateNormalization(mlp() if enabled else conv_net(), ("a", "b"), "a", enabled=enabled)
+    assert private.names == ()
+    private.carry("b")
+    assert private.carried == "b"
+    assert private.state("a") == {}
+
+
+def test_a_saved_state_brings_every_bank_back() -> None:
+    model = conv_net()
+    optimizer = sgd(model)
+    private = PrivateNormalization(model, ("a", "b"), "a")
+    private.carry("b")
+    with torch.no_grad():
+        model.norm0.weight.fill_(3.0)
+    optimizer.state[model.norm0.weight]["momentum_buffer"] = torch.ones(8)
+    private.carry_optimizer_state(optimizer, leaving="b", coming="a")
+    private.carry("a")
+    twin = PrivateNormalization(conv_net(), ("a", "b"), "a")
+    twin.load_state_dict(private.state_dict())
+    assert_same(twin.state_dict(), private.state_dict())
+    assert torch.equal(twin.state("b")["norm0.weight"], torch.full((8,), 3.0))
