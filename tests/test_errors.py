@@ -6,7 +6,6 @@ import pytest
 
 from ast_plugin import errors
 
-
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
 KINDS.remove(errors.ASTError)
 

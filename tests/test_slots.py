@@ -33,5 +33,5 @@ def test_unknown_and_vanished_parameters_are_errors() -> None:
             ParameterSlots(model, [name])
     slots = ParameterSlots(model, ["0.bias"])
     model[0].bias = None
-    with pytest.raises(ActivationError, match="'0.bias' is gone"):
+    with pytest.raises(ActivationError, match=r"'0\.bias' is gone"):
         slots["0.bias"]

@@ -97,7 +97,7 @@ def test_the_ramp_starts_where_it_is_told_and_never_above_the_target() -> None:
     assert made.sparsity_at("s90", 10) == pytest.approx(0.9)
     assert 0.5 < made.sparsity_at("s90", 5) < 0.9
     assert made.sparsity_at("s30", 5) == pytest.approx(0.3)
-    with pytest.raises(ConfigError, match="initial_sparsity=0.2 has no meaning for method 'set'"):
+    with pytest.raises(ConfigError, match=r"initial_sparsity=0\.2 has no meaning for method 'set'"):
         updater(SET, weights, initial_sparsity=0.2)
 
 
