@@ -79,8 +79,8 @@ def layers_picture(report: Report) -> str:
     Raises:
         MissingExtraError: If matplotlib is not installed.
     """
-    labels = layer_labels([layer.name for layer in report.layers], 30)
-    left = 14 + 6.2 * max(map(len, labels))
+    labels = layer_labels([layer.name for layer in report.layers], 26)
+    left = 10 + 7.1 * max(map(len, labels))
     height = 14.0 * len(labels) + 62
     with new_figure(_WIDTH, height) as (figure, _):
         axes = add_axes(figure, left=left, right=16, top=20, bottom=42)

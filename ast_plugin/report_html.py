@@ -146,6 +146,7 @@ def _zeros(report: Report) -> str:
         )
         if len(report.layers) > _TALL:
             drawing = scrolling(drawing, "Sparsity per layer", kind="tall")
+            caption += " Scroll inside the picture for the rest."
         cards.append(picture("Sparsity per layer", drawing, caption))
     if any(point.achieved is not None for point in report.sparsity_history):
         caption = (

@@ -83,7 +83,9 @@ figcaption { margin-top: 8px; }
 .legend {
   display: flex; flex-wrap: wrap; gap: 4px 18px; list-style: none; margin: 0 0 12px; padding: 0; font-size: .9rem;
 }
+.legend .muted { white-space: nowrap; }
 .legend li, .name { display: inline-flex; align-items: center; gap: 7px; overflow-wrap: anywhere; }
+th .name { max-width: 15rem; white-space: normal; line-height: 1.3; }
 .mark { flex: none; width: 14px; height: 14px; overflow: visible; }
 .symbols { position: absolute; }
 .scroll { overflow-x: auto; }
@@ -99,6 +101,8 @@ th { font-weight: 600; }
 thead th { color: var(--muted); font-size: .85rem; vertical-align: bottom; }
 th:first-child, td:first-child, .left { text-align: left; }
 tbody tr:last-child > * { border-bottom: 0; }
+details tbody th { font-weight: 500; overflow-wrap: anywhere; white-space: normal; min-width: 9.5rem; max-width: 26rem; }
+details th, details td { padding-top: 5px; padding-bottom: 5px; }
 tbody th:first-child { position: sticky; left: 0; background: var(--surface); }
 td small { display: block; color: var(--muted); font-size: .8rem; line-height: 1.25; }
 tr.dense > * { color: var(--muted); font-weight: 400; border-top: 2px solid var(--grid); }
@@ -107,6 +111,7 @@ td.off { color: var(--ink); font-weight: 650; box-shadow: inset 0 -3px 0 var(--n
 .heat td { min-width: 4.4rem; text-align: center; border: 2px solid var(--surface); border-radius: 6px;
   background: rgb(var(--heat) / var(--share)); }
 .heat thead th, .heat tbody th { text-align: center; border: 0; color: var(--ink); font-size: .9rem; }
+.heat thead th, .heat tbody th { white-space: normal; overflow-wrap: anywhere; max-width: 9rem; line-height: 1.3; }
 .heat tbody th { text-align: left; }
 .heat.many { width: 100%; font-size: .8rem; }
 .heat.many td, .heat.many th { padding: 6px 3px; min-width: 2.9rem; font-size: inherit; }
@@ -120,8 +125,8 @@ details {
 summary { cursor: pointer; padding: 12px 0; font-weight: 600; }
 details[open] { padding-bottom: 14px; }
 .wrap td, .wrap th { white-space: normal; overflow-wrap: anywhere; text-align: left; }
-.wrap td:first-child, .wrap th:first-child { white-space: nowrap; font-weight: 500; }
-.changed td:nth-child(2) { font-weight: 650; }
+.wrap > * > tr > :last-child { color: var(--muted); white-space: nowrap; overflow-wrap: normal; }
+.changed > :nth-child(-n+2) { font-weight: 650; }
 code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 footer { color: var(--muted); font-size: .85rem; padding-top: 24px; padding-bottom: 40px; }
 footer p { max-width: none; }
@@ -137,7 +142,9 @@ footer p { max-width: none; }
   .tile strong { font-size: 1.2rem; }
   .card { padding: 12px; border-radius: 8px; }
   th, td { padding: 6px 8px; }
+  .wrap { font-size: .84rem; }
   figure svg text { font-size: 12.5px !important; }
+  th .name, .heat thead th, .heat tbody th { max-width: 7rem; }
   .heat td { min-width: 3.6rem; }
   .heat tfoot th { width: 6rem; }
 }

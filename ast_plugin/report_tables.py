@@ -69,7 +69,7 @@ def overlap_matrix(report: Report) -> str:
     heads = "".join(f"<th scope='col'>{name}</th>" for name in names)
     matrix = (
         f"<table class='heat{' many' if many else ''}'>"
-        "<caption>Share of the row's kept weights that the column keeps too.</caption>"
+        "<caption>Share of the row's weights that the column keeps too.</caption>"
         f"<thead><tr><td style='--share:0'></td>{heads}</tr></thead><tbody>{''.join(rows)}</tbody>"
         f"<tfoot><tr><th scope='row'>independent masks would share</th>{chance}</tr></tfoot></table>"
     )
