@@ -161,6 +161,10 @@ def _with_metadata(text: str) -> bytes:
         (_with_metadata(f'{{"digest":"","format":"{FORMAT}","version":1}}'), "its digest is malformed"),
         (_with_metadata(f'{{"digest":"ä","format":"{FORMAT}","version":1}}'), "its digest is malformed"),
         (
+            _with_metadata(f'{{"format":"{FORMAT}","version":1,"digest":"sha256:{64 * "0"}"}}'),
+            "its digest is not where it belongs",
+        ),
+        (
             _shell(json.dumps({"__metadata__": {FORMAT: f'{{"format":"{FORMAT}","version":1}}'}, "a": 1}).encode()),
             "does not say where its tensors are",
         ),
