@@ -21,6 +21,7 @@ The loop of a run, with every hook where it is called::
             schedule the next sub-net
             ast_sub_net_switched(training, sub_net)     # when it is another one
             if that was the last of total_steps:
+                bring sub-nets that are short of their target to it, ast_masks_updated(training, sub_net, step)
                 ast_training_finished(training)
 
 A plugin is a module or an object with functions that `hookimpl` marks, named as the hooks are; a function takes those
@@ -255,7 +256,8 @@ def ast_masks_updated(training: AlternatingSparseTraining, sub_net: str, step: i
     Args:
         training: The controller that `ast_plugin.wrap` returned; the model is dense.
         sub_net: Name of the sub-net.
-        step: The optimizer step in which it happened, from 0; the optimizer has not stepped yet.
+        step: The optimizer step in which it happened, from 0, before the optimizer's own arithmetic; `total_steps` for
+            a sub-net that the last steps left short of its target and that is completed after them.
     """
 
 
