@@ -66,13 +66,9 @@ class MaskedActivation:
                 for name, parameter in self._parameters.items():
                     if self._masks.kept(sub_net, name) == parameter.numel():
                         continue
-                    saved = self._saved.get(name)
-                    if saved is None or saved.shape != parameter.shape or saved.device != parameter.device:
-                        saved = self._saved[name] = torch.empty_like(parameter, requires_grad=False)
-                    saved.copy_(parameter)
-                    self._covered.append(name)
+                    saved = self._save(name, parameter)
                     # Bytes multiply about four times faster than bools do.
-                    torch.mul(saved, as_bytes(self._masks.get(sub_net, name)), out=parameter)
+                    torch.mul(saved, as_bytes(self._mask(sub_net, name, parameter.device)), out=parameter)
                 self._normalization.carry(sub_net)
             _forget_autocast_copies()
         except BaseException:
@@ -91,6 +87,27 @@ class MaskedActivation:
             self._normalization.carry(self._normalization.default)
         self._worn = None
         _forget_autocast_copies()
+
+    def _save(self, name: str, parameter: Tensor) -> Tensor:
+        saved = self._saved.get(name)
+        if (
+            saved is None
+            or saved.shape != parameter.shape
+            or saved.device != parameter.device
+            or saved.dtype != parameter.dtype
+        ):
+            saved = self._saved[name] = torch.empty_like(parameter, requires_grad=False)
+        saved.copy_(parameter)
+        self._covered.append(name)
+        return saved
+
+    def _mask(self, sub_net: str, name: str, device: torch.device) -> Tensor:
+        """Return the mask where the parameter is: the model may have been moved since."""
+        mask = self._masks.get(sub_net, name)
+        if mask.device != device:
+            mask = mask.to(device)
+            self._masks.set(sub_net, name, mask)
+        return mask
 
     def release(self) -> None:
         """Take the sub-net off and free the copies."""

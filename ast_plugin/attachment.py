@@ -40,7 +40,10 @@ class TrainingEvents(Protocol):
         """The optimizer's step has returned."""
 
     def before_state_access(self) -> None:
-        """A state dict of the model or optimizer is about to be read or loaded."""
+        """A state dict of the model or optimizer is about to be read."""
+
+    def before_load(self) -> None:
+        """A state dict of the model is about to be loaded."""
 
     def add_state(self, state_dict: dict[str, Any]) -> None:
         """Add to the optimizer's state dict, in place."""
@@ -67,7 +70,7 @@ class Attachment:
             model.register_forward_pre_hook(_ModelHook(_uncompiled(self._before_forward)), prepend=True),
             model.register_forward_hook(_ModelHook(_uncompiled(self._after_forward)), always_call=True),
             model.register_state_dict_pre_hook(_ModelHook(self._before_state_access)),
-            model.register_load_state_dict_pre_hook(_ModelHook(self._before_state_access)),
+            model.register_load_state_dict_pre_hook(_ModelHook(self._before_load)),
             optimizer.register_step_pre_hook(lambda _, args, kwargs: events.before_step(args, kwargs)),
             optimizer.register_step_post_hook(lambda *_: events.after_step()),
             optimizer.register_state_dict_pre_hook(lambda _: events.before_state_access()),
@@ -95,6 +98,10 @@ class Attachment:
     def _before_state_access(self, module: nn.Module, *_: Any) -> None:
         if module is self._model:
             self._events.before_state_access()
+
+    def _before_load(self, module: nn.Module, *_: Any) -> None:
+        if module is self._model:
+            self._events.before_load()
 
     def _report_end_of_backward(self, output: Any) -> None:
         self._reported = False

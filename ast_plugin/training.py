@@ -194,16 +194,17 @@ class AlternatingSparseTraining:
 
         It travels in ``optimizer.state_dict()`` by itself; call this to keep it elsewhere.
         """
-        self.before_state_access()
-        return training_state.collect(self._parts, self._step, self.metrics)
+        with self._at_rest():
+            return training_state.collect(self._parts, self._step, self.metrics)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned. Model and optimizer bring their own state back themselves.
 
         Raises:
             StateError: If the state belongs to other sub-nets or parameters; nothing has been changed then.
+            ActivationError: If a sub-net is on, inside ``with sub_net(...)``.
         """
-        self.before_state_access()
+        self.before_load()
         training_state.restore(self._parts, self._step, self.metrics, state)
 
     def save(self, path: str | Path, *, report: Mapping[str, Any] | None = None) -> None:
@@ -216,7 +217,6 @@ class AlternatingSparseTraining:
         Raises:
             SaveError: If the file cannot be written; an older file is still there then.
         """
-        self.before_state_access()
         header: dict[str, Any] = {
             "config": self.config.to_dict(),
             "default_sub_net": self.default_sub_net,
@@ -231,13 +231,14 @@ class AlternatingSparseTraining:
         }
         if report is not None:
             header["report"] = dict(report)
-        write_elastic(
-            Path(path),
-            state=self.model.state_dict(),
-            masks=self.masks,
-            private={name: self.private_state(name) for name in self.sub_nets},
-            header=header,
-        )
+        with self._at_rest():
+            write_elastic(
+                Path(path),
+                state=self.model.state_dict(),
+                masks=self.masks,
+                private={name: self.private_state(name) for name in self.sub_nets},
+                header=header,
+            )
 
     def detach(self) -> nn.Module:
         """Remove every hook and return the model, an ordinary dense model with the default's BatchNorm state."""
@@ -311,17 +312,36 @@ class AlternatingSparseTraining:
         if not self._chosen:
             self._step.settle()
 
+    def before_load(self) -> None:
+        """Make the model dense; inside a block, what is loaded would be lost at its end."""
+        if self._chosen:
+            raise ActivationError(
+                f"a state dict is being loaded inside `with sub_net({self._chosen[-1]!r})`, at whose end the earlier "
+                "weights come back; leave the block first"
+            )
+        self._step.settle()
+
     def add_state(self, state_dict: dict[str, Any]) -> None:
         """Put the run's state into the optimizer's state dict."""
-        state_dict[training_state.KEY] = training_state.collect(self._parts, self._step, self.metrics)
+        state_dict[training_state.KEY] = self.state_dict()
 
     def take_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Take the run's state out of an optimizer's state dict; one without is taken as it is."""
-        self.before_state_access()
+        self.before_load()
         if training_state.KEY not in state_dict:
             return state_dict
         training_state.restore(self._parts, self._step, self.metrics, state_dict[training_state.KEY])
         return {key: value for key, value in state_dict.items() if key != training_state.KEY}
+
+    @contextlib.contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """Have the model dense with the default's BatchNorm state for a moment, also inside ``with sub_net(...)``."""
+        self._step.settle()
+        try:
+            yield
+        finally:
+            if self._chosen:
+                self._parts.activation.put_on(self._chosen[-1])
 
     def _check_name(self, name: str) -> None:
         if name not in self.sub_nets:

@@ -144,7 +144,13 @@ class MaskUpdater:
             gradients: Dense gradients by parameter name; parameters without one regrow by score 0. None: no method
                 that needs gradients is in use.
         """
-        plan = self.plans[sub_net]
+        with torch.no_grad():
+            return self._update(self.plans[sub_net], step, weights, gradients)
+
+    def _update(
+        self, plan: SubNetPlan, step: int, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None
+    ) -> MaskUpdate:
+        sub_net = plan.name
         sparsity = self.sparsity_at(sub_net, step)
         drop_scores: dict[str, Tensor] = {}
         if self.method.reselect:

@@ -40,6 +40,9 @@ class Recorder:
     def before_state_access(self) -> None:
         self.events.append("state")
 
+    def before_load(self) -> None:
+        self.events.append("load")
+
     def add_state(self, state_dict: dict[str, Any]) -> None:
         state_dict["mine"] = 1
 
@@ -136,7 +139,7 @@ def test_state_dicts_are_announced_extended_and_stripped() -> None:
     optimizer.load_state_dict(state)
     assert state["mine"] == 1
     model.load_state_dict(model.state_dict())
-    assert recorder.events == ["state"] * 3
+    assert recorder.events == ["state", "state", "load"]
     attachment.remove()
     assert "mine" not in optimizer.state_dict()
 

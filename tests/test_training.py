@@ -152,6 +152,42 @@ def test_evaluation_under_inference_mode_first_leaves_the_model_trainable() -> N
     assert ast.step == 6
 
 
+def test_what_is_saved_inside_a_sub_net_block_is_the_whole_run(tmp_path: Any) -> None:
+    model, optimizer, ast = wrapped(method="static")
+    train(model, optimizer, range(9))
+    ast.save(tmp_path / "outside.safetensors")
+    outside = ast.state_dict()
+    with ast.sub_net("s90"):
+        ast.save(tmp_path / "inside.safetensors")
+        assert_same(outside, ast.state_dict())
+        assert_same(outside, optimizer.state_dict()["ast_plugin"])
+        assert nonzero(model, ast) == ast.masks.kept("s90")
+        # The model's own state dict is what the user chose to look at.
+        assert int(model.state_dict()["conv1.weight"].count_nonzero()) == ast.masks.kept("s90", "conv1.weight")
+    assert (tmp_path / "inside.safetensors").read_bytes() == (tmp_path / "outside.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("what", ["model", "optimizer", "controller"])
+def test_loading_inside_a_sub_net_block_is_refused(what: str) -> None:
+    model, optimizer, ast = wrapped(method="static")
+    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "controller": ast.state_dict()}
+    loads = {"model": model.load_state_dict, "optimizer": optimizer.load_state_dict, "controller": ast.load_state_dict}
+    with ast.sub_net("s90"), pytest.raises(ast_plugin.ActivationError, match="leave the block first"):
+        loads[what](states[what])
+
+
+def test_a_model_converted_after_wrapping_trains_on() -> None:
+    model, _, ast = wrapped(method="static", private_normalization=False)
+    train_step(model, ast.optimizer, image_batch(0))
+    model.double()
+    for parameter, state in ast.optimizer.state.items():
+        state["momentum_buffer"] = state["momentum_buffer"].to(parameter.dtype)
+    images, labels = image_batch(1)
+    train_step(model, ast.optimizer, (images.double(), labels))
+    assert ast.step == 2
+    assert nonzero(model, ast) == ast.masks.total()
+
+
 def test_stepping_inside_a_sub_net_block_is_refused() -> None:
     model, optimizer, ast = wrapped()
     with ast.sub_net("s90"):

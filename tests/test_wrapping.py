@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -195,7 +196,12 @@ def test_an_optimizer_inside_a_wrapper_is_found() -> None:
 def test_a_forgotten_controller_goes_on_working_and_is_freed_with_its_model() -> None:
     model = conv_net()
     optimizer = sgd(model)
-    ast_plugin.wrap(optimizer, model, sparsities=(0.5, 0.9), total_steps=60)
+    controller = weakref.ref(ast_plugin.wrap(optimizer, model, sparsities=(0.5, 0.9), total_steps=60))
     gc.collect()
     train_step(model, optimizer, image_batch(0))
     assert optimizer.state_dict()["ast_plugin"]["step"] == 1
+    freed = weakref.ref(model)
+    del model, optimizer
+    gc.collect()
+    assert freed() is None
+    assert controller() is None
