@@ -56,7 +56,8 @@ class BlockPattern(Pattern):
         down, across = self._grid(shape)
         whole = unit_mask.view(down, 1, across, 1).expand(down, self.rows, across, self.columns)
         matrix = whole.reshape(down * self.rows, across * self.columns)
-        return matrix[: shape[0], : math.prod(shape[1:])].reshape(tuple(shape))
+        # A single block is one flag seen from everywhere until it is copied.
+        return matrix[: shape[0], : math.prod(shape[1:])].reshape(tuple(shape)).contiguous()
 
     def reduce_mask(self, mask: Tensor) -> Tensor:
         """Return one flag a block: whether any of its weights is kept."""
