@@ -22,7 +22,7 @@ _TALL = 64
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _SIMULATED = (
     "<strong>What is simulated.</strong> These sub-nets are masks over one set of weights: dropped weights are zeros "
-    "stored in dense tensors. That alone makes nothing faster and no file smaller. FLOPs are theoretical: the work "
+    "stored in dense tensors. That alone makes nothing faster and saves no memory. FLOPs are theoretical: the work "
     "left for a runtime that skips every zero."
 )
 _STRETCHED = (
@@ -165,10 +165,13 @@ def _gradients(report: Report) -> str:
     if not any(point.checks for point in report.conflict_history):
         off = _correction(report) == "off"
         return section(heading, muted("Gradient correction was off." if off else "No gradient check is on record."))
-    silent = ", ".join(escaped(net.name) for net in report.sub_nets if not net.checks)
+    silent = [net.name for net in report.sub_nets if not net.checks]
+    without = f" Not checked: {', '.join(map(escaped, silent))}." if silent else ""
+    if report.settings.get("alternation") == "alternating" and silent == [report.sub_nets[0].name]:
+        without = f"{without[:-1]}, the first of every group."
     caption = (
         "Share of the checks in which a sub-net's gradient opposed that of the sub-net trained before it. "
-        f"{_POINTS_AND_LINES}{f' Not checked: {silent}.' if silent else ''}"
+        f"{_POINTS_AND_LINES}{without}"
     )
     cards = [picture("Checks with a conflict", figures.conflict_picture(report), caption)]
     if any(point.mean_cosine is not None for point in report.conflict_history):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ast_plugin.report import Report
 
 SIMULATED = (
-    "Masks are simulated sparsity: zeros stored in dense tensors, no faster and no smaller by themselves. "
+    "Masks are simulated sparsity: zeros stored in dense tensors, which is no faster and saves no memory by itself. "
     "FLOPs are theoretical."
 )
 
