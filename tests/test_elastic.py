@@ -21,9 +21,10 @@ from elastic_examples import (
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import ast_plugin
 from ast_plugin.elastic import Elastic, load
 from ast_plugin.elastic_file import write_elastic
-from ast_plugin.errors import ActivationError, ConfigError, ElasticFileError
+from ast_plugin.errors import ActivationError, ConfigError, ElasticFileError, WrapError
 from ast_plugin.masks import MaskStore
 
 
@@ -495,6 +496,20 @@ class WithExtraState(Network):
 def test_state_outside_of_parameters_and_buffers_is_refused(path: Path) -> None:
     with pytest.raises(ElasticFileError, match="no parameter or buffer, so it cannot be loaded into: _extra_state"):
         load(path, WithExtraState())
+
+
+def test_a_model_in_training_is_refused_until_it_is_detached(tmp_path: Path) -> None:
+    model = network()
+    ast = ast_plugin.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, sparsities=(0.5, 0.8), total_steps=10)
+    ast.save(tmp_path / "e")
+    want = {name: ast.materialize(name) for name in ast.sub_nets}
+    with pytest.raises(WrapError, match=r"wrapped for training: call detach\(\) on its controller first"):
+        load(tmp_path / "e", model)
+    for other in (copy.deepcopy(model), ast.detach()):
+        elastic = load(tmp_path / "e", other)
+        for name, state in want.items():
+            elastic.switch(name)
+            assert same_state(dict(other.state_dict()), state)
 
 
 def test_a_damaged_file_leaves_the_model_alone(path: Path) -> None:
