@@ -99,9 +99,11 @@ th, td {
 }
 th { font-weight: 600; }
 thead th { color: var(--muted); font-size: .85rem; vertical-align: bottom; }
-th:first-child, td:first-child, .left { text-align: left; }
+th:first-child, td:first-child { text-align: left; }
 tbody tr:last-child > * { border-bottom: 0; }
-details tbody th { font-weight: 500; overflow-wrap: anywhere; white-space: normal; min-width: 9.5rem; max-width: 26rem; }
+details tbody th {
+  font-weight: 500; overflow-wrap: anywhere; white-space: normal; min-width: 9.5rem; max-width: 26rem;
+}
 details th, details td { padding-top: 5px; padding-bottom: 5px; }
 tbody th:first-child { position: sticky; left: 0; background: var(--surface); }
 td small { display: block; color: var(--muted); font-size: .8rem; line-height: 1.25; }
