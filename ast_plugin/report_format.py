@@ -29,9 +29,15 @@ def percent(share: float | None, digits: int = 2) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
-def short_percent(share: float) -> str:
-    """Return a share in [0, 1] as a percentage without trailing zeros: ``90 %``, ``99.5 %``."""
-    return f"{float(f'{100 * share:.6f}'):g} %"
+def short_percent(share: float, digits: int = 6) -> str:
+    """Return a share in [0, 1] as a percentage without trailing zeros: ``90 %``, ``99.5 %``.
+
+    Args:
+        share: For example 0.9.
+        digits: Most digits behind the point; more are taken where the rounding would lie.
+    """
+    text = percent(share, digits).removesuffix(" %")
+    return f"{text.rstrip('0').rstrip('.') if '.' in text else text} %"
 
 
 def count(number: float | None, unit: str = "") -> str:

@@ -94,7 +94,7 @@ def _tiles(report: Report) -> str:
     tiles = []
     shares = sorted(net.achieved_sparsity for net in report.sub_nets)
     if shares:
-        low, high = (short_percent(round(share, 4)) for share in (shares[0], shares[-1]))
+        low, high = (short_percent(share, 2) for share in (shares[0], shares[-1]))
         reach = low if low == high else f"{low.removesuffix(' %')} to {high}"
         tiles.append((reach, "achieved sparsity of the prunable weights"))
     if report.dense_parameters and report.sub_nets:
@@ -204,7 +204,7 @@ def _footer(report: Report) -> str:
 
 def _legend(report: Report) -> str:
     items = "".join(
-        f"<li>{name} <span class='muted'>{short_percent(round(net.achieved_sparsity, 5))}</span></li>"
+        f"<li>{name} <span class='muted'>{short_percent(net.achieved_sparsity, 2)}</span></li>"
         for name, net in zip(_names(report), report.sub_nets, strict=True)
     )
     return f"<ul class='legend' aria-label='Sub-nets and their marks'>{items}</ul>"

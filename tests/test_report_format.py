@@ -35,7 +35,9 @@ def test_percent_is_not_rounded_to_all_or_nothing(share: float | None, digits: i
 
 
 def test_short_percent_has_no_trailing_zeros() -> None:
-    assert [short_percent(share) for share in (0.9, 0.995, 0.0)] == ["90 %", "99.5 %", "0 %"]
+    assert [short_percent(share) for share in (0.9, 0.995, 0.0, 1.0)] == ["90 %", "99.5 %", "0 %", "100 %"]
+    assert [short_percent(share, 2) for share in (0.79999, 0.99999)] == ["80 %", "99.999 %"]
+    assert short_percent(0.9, 0) == "90 %"
 
 
 @pytest.mark.parametrize(
