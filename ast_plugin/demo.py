@@ -211,8 +211,8 @@ def _introduction(run: DemoRun) -> str:
     names = ", ".join(run.ast.sub_nets)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     return (
-        f"One run of {run.settings.steps} steps for the sub-nets {names} of one network: {parameters:,} parameters, "
-        f"{run.ast.masks.total():,} of them prunable.\n"
+        f"One run of {run.settings.steps} steps for the sub-nets {names} of one network\n"
+        f"with {parameters:,} parameters, {run.ast.masks.total():,} of them prunable.\n"
         f"Data: {TRAIN_IMAGES} handwritten digits to train, {TEST_IMAGES} in {TEST_VIEWS} augmented views to test."
     )
 

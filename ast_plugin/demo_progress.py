@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _PLAIN_LINES = 10
 # Reading the loss waits for nothing on a CPU, but formatting it for every step would cost more than it tells.
 _REFRESH_SECONDS = 0.1
+_WITHIN = 1e-3
 
 
 class Progress(AbstractContextManager["Progress"]):
@@ -95,8 +96,7 @@ class LiveProgress(Progress):
         )
         self._run = self._bars.add_task("training", total=steps, completed=done, status=f"{done}/{steps} steps")
         self._rows = {
-            name: self._bars.add_task(f"  {name}", total=max(target, 1e-9), status="")
-            for name, target in targets.items()
+            name: self._bars.add_task(f"  {name}", total=_share(target), status="") for name, target in targets.items()
         }
         self._shown = 0.0
         self._counts = dict.fromkeys(targets, 0)
@@ -119,11 +119,13 @@ class LiveProgress(Progress):
         status = f"{step}/{self._steps} steps  loss {float(loss):.3f}  {seconds_left(self._left(step))}"
         self._bars.update(self._run, completed=step, status=status)
         for name, row in self._rows.items():
-            active = name == sub_net
+            active = name == sub_net and step < self._steps
+            # Whole weights seldom make exactly the target: the bar shall be full all the same when it is reached.
+            reached = sparsities[name] >= self._targets[name] - _WITHIN
             self._bars.update(
                 row,
                 description=f"[bold cyan]> {name}[/]" if active else f"  {name}",
-                completed=max(sparsities[name], 1e-9),
+                completed=_share(self._targets[name] if reached else sparsities[name]),
                 status=f"{100 * sparsities[name]:.1f} % of {100 * self._targets[name]:g} % zeros"
                 + ("  training now" if active else ""),
             )
@@ -138,6 +140,11 @@ def progress(out: TextIO, *, steps: int, done: int, targets: Mapping[str, float]
         except ImportError:
             pass
     return Progress(out, steps=steps, done=done, targets=targets)
+
+
+def _share(sparsity: float) -> float:
+    """Return a sparsity as a length of a bar, which must not be zero."""
+    return max(sparsity, 1e-9)
 
 
 def seconds_left(seconds: float) -> str:
