@@ -147,7 +147,7 @@ def _cut_of(chunks: Sequence[Tensor], count: int, least: int = 0) -> _Cut:
     _check_count(count, total, least)
     if any(chunk.device.type != "cpu" for chunk in chunks):
         return _cut_sorted(chunks, count)
-    return _cut([_as_array(chunk) for chunk in chunks], count, total)
+    return _cut([_as_array(chunk) for chunk in _alike(chunks)], count, total)
 
 
 def _cut(arrays: Sequence[_Scores], count: int, total: int, flags: _Flags | None = None) -> _Cut:
@@ -271,7 +271,7 @@ def _keep_largest_sorted(scores: Tensor, count: int, among: Tensor | None) -> Te
 
 
 def _cut_sorted(chunks: Sequence[Tensor], count: int) -> _Cut:
-    keys = [ordered_keys(chunk.double() if _mixed(chunks) else chunk) for chunk in chunks]
+    keys = [ordered_keys(chunk) for chunk in _alike(chunks)]
     together = torch.cat(keys)
     value, index = (found[together.numel() - count] for found in torch.sort(together))
     score = torch.cat([chunk.detach() for chunk in chunks])[index]
@@ -279,8 +279,10 @@ def _cut_sorted(chunks: Sequence[Tensor], count: int) -> _Cut:
     return _Cut(float(score), [better for better, _ in counts], [equal for _, equal in counts])
 
 
-def _mixed(chunks: Sequence[Tensor]) -> bool:
-    return len({chunk.dtype == torch.float64 for chunk in chunks}) > 1
+def _alike(chunks: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the chunks in float64 if some of them are: others hold what float32 holds, so all can be compared."""
+    double = [chunk.dtype == torch.float64 for chunk in chunks]
+    return [chunk.double() for chunk in chunks] if any(double) and not all(double) else chunks
 
 
 def _as_array(scores: Tensor) -> _Scores:
