@@ -16,6 +16,7 @@ from ast_plugin.masks import MaskStore
 from ast_plugin.methods import Method, ScoreInputs, chance, magnitude
 from ast_plugin.patterns import Pattern
 from ast_plugin.schedules import MaskCalendar, constant_drop_fraction, cosine_drop_fraction
+from ast_plugin.selection_kernels import count_kept
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,7 +167,7 @@ class MaskUpdater:
             before = self.masks.get(sub_net, name)
             after = plan.pattern.expand(kept, weights[name].shape)
             new = after & ~before
-            if bool(new.any()):
+            if count_kept(new):
                 grown[name] = new
             self.masks.set(sub_net, name, after)
         return MaskUpdate(sub_net=sub_net, target=sparsity, achieved=self.masks.sparsity(sub_net), grown=grown)
@@ -281,7 +282,7 @@ class MaskUpdater:
         step: int,
     ) -> Tensor:
         grow_score = self.method.grow_score
-        total = int(kept.sum())
+        total = count_kept(kept)
         count = int(self.drop_fraction_at(plan.name, step) * total)
         if grow_score is None or count == 0 or total == kept.numel():
             return kept
