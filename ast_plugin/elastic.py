@@ -4,7 +4,7 @@ Every tensor that differs between sub-nets is built once for each of them when t
 only tells the model's tensors which memory to use. How that is done was measured; benchmarks/switching.py repeats it
 (the 318 tensors of a ResNet-50 that differ, one core of an AMD EPYC):
 
-* ``tensor.data = prebuilt``, chosen: 0.05 ms, with all checks 0.1 ms. Tied weights, LSTMs (whose module keeps a list of
+* ``tensor.data = prebuilt``, chosen: 0.06 ms, with all checks 0.2 ms. Tied weights, LSTMs (whose module keeps a list of
   its own), optimizers and compiled graphs all hold the tensor object itself and see the new memory; compiled code is
   not compiled again.
 * Replacing the entry in ``module._parameters``, 0.01 ms: leaves all of those but the compiled graphs behind with the
@@ -116,7 +116,7 @@ class Elastic:
         return {name: dict(record.metrics) for name, record in self.records.items()}
 
     def switch(self, name: str) -> None:
-        """Make the model the sub-net `name`. Takes about 0.1 ms for a ResNet-50, whatever the sizes of its tensors.
+        """Make the model the sub-net `name`. Takes about 0.2 ms for a ResNet-50, whatever the sizes of its tensors.
 
         Raises:
             ConfigError: If there is no such sub-net; the message offers the near names.
@@ -186,13 +186,11 @@ class Elastic:
             raise ConfigError(f"unknown sub-net {name!r}: {near_names(str(name), self.sub_nets)}")
 
     def _install(self, own: list[Tensor]) -> None:
-        switched = []
         for (slots, attribute), tensor in zip(self._slots, own, strict=True):
             target = slots[attribute]
             target.data = tensor
-            switched.append(target)
-        # A backward pass over a forward pass of another sub-net now raises; its gradients would be silently wrong.
-        increment_version(switched)
+            # A backward pass over another sub-net's forward pass now raises; its gradients would be silently wrong.
+            increment_version(target)
         # Autocast keeps low-precision copies by tensor object, which stays the same; they would be the old weights.
         torch.clear_autocast_cache()
 
