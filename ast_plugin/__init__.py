@@ -19,6 +19,7 @@ from ast_plugin.errors import (
 )
 from ast_plugin.hookspecs import hookimpl
 from ast_plugin.methods import Method, ScoreInputs
+from ast_plugin.report import Report
 from ast_plugin.sub_nets import SubNetSpec
 from ast_plugin.training import AlternatingSparseTraining
 from ast_plugin.version import __version__
@@ -36,6 +37,7 @@ __all__ = [
     "Method",
     "MissingExtraError",
     "PluginError",
+    "Report",
     "SaveError",
     "ScoreInputs",
     "SelectionError",

@@ -117,11 +117,11 @@ class Attachment:
             queue(_EndOfBackward(self._events.after_backward))
 
 
-def attached_parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
-    """Return which of the two carries hooks of a controller already, as words for a message; empty if none does."""
-    if any(module in _attached for module in model.modules()):
-        return "the model"
-    return "the optimizer" if optimizer in _attached else ""
+def is_attached(thing: nn.Module | torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer, or a model or some module inside it, carries the hooks of a controller."""
+    if isinstance(thing, nn.Module):
+        return any(module in _attached for module in thing.modules())
+    return thing in _attached
 
 
 class _EndOfBackward:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from ast_plugin.attachment import attached_parts
+from ast_plugin.attachment import is_attached
 from ast_plugin.elastic_contents import ElasticContents
 from ast_plugin.elastic_file import read_elastic
 from ast_plugin.elastic_fit import ModelTensors, check_fit, file_names
@@ -47,7 +47,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> Elastic:
             message lists the first differences. The model is unchanged then.
         WrapError: If the model is still being trained by `ast_plugin.wrap`, which masks its weights itself.
     """
-    if attached_parts(model, torch.optim.SGD([torch.zeros(())])):  # an optimizer that nobody is attached to
+    if is_attached(model):
         raise WrapError(
             f"{os.fspath(path)!r} cannot be loaded into a model that is wrapped for training: call detach() on its "
             "controller first, or load into another model"

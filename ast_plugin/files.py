@@ -50,9 +50,9 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
     temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        mode = _mode_of(target, temporary)
         write(temporary)
-        if target.exists():
-            temporary.chmod(target.stat().st_mode & 0o7777)
+        temporary.chmod(mode)
         _flush(temporary)
         os.replace(temporary, target)
     except BaseException as error:
@@ -84,6 +84,17 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
         SaveError: If it fails; the file that stood at `path` is untouched.
     """
     atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def _mode_of(target: Path, temporary: Path) -> int:
+    """Return the permissions that the file shall have: the old file's, or those of any new file in that folder."""
+    if target.exists():
+        return target.stat().st_mode & 0o7777
+    # Writers such as safetensors make private files; only making one tells what the user's own would get.
+    temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode & 0o7777
+    temporary.unlink()
+    return mode
 
 
 def _flush(path: Path) -> None:

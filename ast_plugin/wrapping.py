@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ast_plugin.activation import MaskedActivation
-from ast_plugin.attachment import attached_parts
+from ast_plugin.attachment import is_attached
 from ast_plugin.config import ASTConfig, CorrectionOptions, LayerSparsity, Moment
 from ast_plugin.distributions import Distribution, ExplicitDistribution
 from ast_plugin.errors import ConfigError, SelectionError, WrapError, near_names
@@ -156,9 +156,11 @@ def _check_kind(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
             f"{type(optimizer).__name__} needs second derivatives, which masks taken off after backward would "
             "falsify; use a first-order optimizer"
         )
-    taken = attached_parts(model, optimizer)
-    if taken:
-        raise WrapError(f"{taken} is wrapped already; call detach() on its controller first, or go on using that one")
+    for name, thing in (("model", model), ("optimizer", optimizer)):
+        if is_attached(thing):
+            raise WrapError(
+                f"the {name} is wrapped already; call detach() on its controller first, or go on using that one"
+            )
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise WrapError(f"parameter {lazy[0]!r} has no shape yet; run one forward pass before wrapping the model")

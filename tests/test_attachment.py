@@ -12,7 +12,7 @@ from networks import sgd
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ast_plugin.attachment import Attachment, attached_parts
+from ast_plugin.attachment import Attachment, is_attached
 
 
 class Recorder:
@@ -148,12 +148,14 @@ def test_what_is_attached_is_known_until_removed() -> None:
     model, other = Shaped("tensor"), Shaped("tensor")
     optimizer, idle = sgd(model), sgd(other)
     attachment = Attachment(model, optimizer, Recorder())
-    assert attached_parts(model, idle) == "the model"
-    assert attached_parts(nn.Sequential(model), idle) == "the model"
-    assert attached_parts(other, optimizer) == "the optimizer"
-    assert attached_parts(other, idle) == ""
+    assert is_attached(model)
+    assert is_attached(nn.Sequential(model))
+    assert is_attached(optimizer)
+    assert not is_attached(other)
+    assert not is_attached(idle)
     attachment.remove()
-    assert attached_parts(model, optimizer) == ""
+    assert not is_attached(model)
+    assert not is_attached(optimizer)
 
 
 def test_the_hook_runs_before_those_that_were_there() -> None:

@@ -161,3 +161,12 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
 def test_a_writer_that_makes_no_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SaveError, match="No such file"):
         atomic_write(tmp_path / "a.bin", lambda _: None)
+
+
+def test_a_new_file_gets_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    def private(temporary: Path) -> None:
+        temporary.touch(mode=0o600)
+
+    (tmp_path / "ordinary").touch()
+    atomic_write(tmp_path / "made", private)
+    assert (tmp_path / "made").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
