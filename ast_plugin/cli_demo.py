@@ -98,14 +98,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--update-interval",
         type=moment,
         metavar="N",
-        help="between two mask updates of a sub-net: steps (60) or a fraction of them (0.05) "
+        help="between two mask updates of a sub-net: steps (90) or a fraction of them (0.05) "
         f"(default: {default.update_interval})",
     )
     add(
         "--end-step",
         type=moment,
         metavar="N",
-        help="when the sparsities are reached and the masks final: a step (840) or a fraction (0.7) "
+        help="when the sparsities are reached and the masks final: a step (900) or a fraction (0.5) "
         f"(default: {default.end_step})",
     )
     add = parser.add_argument_group("network and optimizer").add_argument

@@ -45,7 +45,7 @@ class DigitsResNet(nn.Module):
         classes: Number of classes.
     """
 
-    def __init__(self, width: int = 16, classes: int = 10) -> None:
+    def __init__(self, width: int = 24, classes: int = 10) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, width, 3, padding=1, bias=False)
         self.stem_norm = nn.BatchNorm2d(width)

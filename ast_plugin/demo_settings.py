@@ -41,7 +41,7 @@ class DemoSettings:
     """
 
     sparsities: tuple[float | str, ...] = (0.90, 0.95, 0.98)
-    steps: int = 1200
+    steps: int = 1800
     method: str = "granet"
     pattern: str = "unstructured"
     distribution: str | None = None
@@ -49,13 +49,13 @@ class DemoSettings:
     correction: str = "layer"
     inactive: str = "coast"
     update_interval: Moment = 0.05
-    end_step: Moment = 0.7
+    end_step: Moment = 0.5
     drop_fraction: float = 0.1
     seed: int = 0
     learning_rate: float = 0.1
     weight_decay: float = 5e-4
-    batch_size: int = 128
-    width: int = 16
+    batch_size: int = 64
+    width: int = 24
     threads: int = 1
 
     def __post_init__(self) -> None:

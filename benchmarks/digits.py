@@ -50,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "inactive-freeze": {"inactive": "freeze"},
     "drop-fraction-.5": {"drop_fraction": 0.5},
     "drop-fraction-0": {"drop_fraction": 0.0},
-    "end-step-.5": {"end_step": 0.5},
+    "end-step-.7": {"end_step": 0.7},
     "random": {"alternation": "random"},
     "erk": {"distribution": "erk"},
     "uniform": {"distribution": "uniform"},

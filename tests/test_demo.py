@@ -125,6 +125,19 @@ def test_live_progress_marks_the_active_sub_net(monkeypatch: pytest.MonkeyPatch)
     assert "40.0 % of 80 % zeros" in text
 
 
+@pytest.mark.extra("report")
+def test_live_progress_ends_with_full_bars_and_no_active_sub_net(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    out = Terminal()
+    with progress(out, steps=4, done=3, targets={"s0": 0.0, "s80": 0.8}) as display:
+        # A whole number of weights need not make exactly 80 %.
+        display.update(4, sub_net="s80", loss=torch.tensor(0.25), sparsities={"s0": 0.0, "s80": 0.7992})
+    last = out.getvalue().split("4/4 steps")[-1]
+    assert "79.9 % of 80 % zeros" in last
+    assert "training now" not in last
+    assert "\u257a" not in last  # the sign for the rest of a bar that is not full
+
+
 def test_without_rich_a_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rich.console", None)
     assert type(progress(Terminal(), steps=4, done=0, targets={"s50": 0.5})) is Progress
