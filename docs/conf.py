@@ -23,3 +23,5 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+# Types stand in signatures alone: "Returns: The controller: sub-nets, ..." is text, not a type and a description.
+napoleon_custom_sections = ["Returns", "Yields"]

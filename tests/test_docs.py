@@ -152,6 +152,13 @@ def test_shell_commands_name_what_exists() -> None:
     assert unknown == []
 
 
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+def test_relative_links_lead_somewhere(page: str) -> None:
+    text = re.sub(r"```.*?^\s*```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    links = re.findall(r"\]\((?!\w+://|#)([^)#\s]+)", text)
+    assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
+
+
 def test_documented_commands_are_understood() -> None:
     lines = [
         (page, line)
