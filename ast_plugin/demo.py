@@ -132,11 +132,11 @@ def _train(run: DemoRun, state: Path, checkpoint_every: int, out: TextIO) -> Non
                     loss=result.loss,
                     sparsities={name: run.ast.masks.sparsity(name) for name in run.ast.sub_nets},
                 )
-                if run.step % checkpoint_every == 0 or run.finished or stop.is_set():
+                if run.step % checkpoint_every == 0:
                     run.save(state)
                     saved = run.step
-            if not run.finished and saved != run.step:
-                run.save(state)  # asked to stop between the check above and the loop's
+            if saved != run.step:
+                run.save(state)
                 saved = run.step
     except KeyboardInterrupt:
         # The second Ctrl-C, or a first one where no handler could be set: the step in progress is lost.

@@ -19,7 +19,15 @@ from torch import nn
 
 from ast_plugin import cli, demo_progress
 from ast_plugin.cli import main
-from ast_plugin.demo import CHECKPOINT, SET_ASIDE, DemoInterrupted, run_demo, stop_on_interrupt
+from ast_plugin.demo import (
+    CHECKPOINT,
+    SET_ASIDE,
+    DemoInterrupted,
+    program_command,
+    python_command,
+    run_demo,
+    stop_on_interrupt,
+)
 from ast_plugin.demo_data import Digits, load_digits
 from ast_plugin.demo_model import DigitsResNet
 from ast_plugin.demo_progress import LiveProgress, Progress, progress, seconds_left
@@ -256,6 +264,15 @@ def test_options_that_contradict_the_run_to_resume_are_refused(digits: Digits, t
 
 
 @pytest.mark.extra("demo")
+def test_an_unknown_method_offers_the_near_names_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--method", "granite", "--output", str(tmp_path / "run")]) == cli.USAGE
+    assert "did you mean 'granet'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.extra("demo")
 def test_a_folder_that_cannot_be_made_is_noticed_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     out = io.StringIO()
@@ -367,6 +384,41 @@ def test_the_number_of_threads_is_put_back(tmp_path: Path) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed ``ast-plugin`` in a folder below the current one, which called this process."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "my venv" / "bin" / "ast-plugin"
+    path.parent.mkdir(parents=True)
+    path.touch(mode=0o755)
+    monkeypatch.setattr(sys, "argv", [str(path), "demo"])
+    return path
+
+
+def test_commands_are_named_in_full_where_the_shell_does_not_find_them(
+    script: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(sys, "executable", str(script.with_name("python")))
+    assert program_command() == "'my venv/bin/ast-plugin'"
+    assert python_command() == "'my venv/bin/python'"
+
+
+def test_commands_are_named_shortly_where_the_shell_finds_them(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script.with_name("python").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(script.parent))
+    monkeypatch.setattr(sys, "executable", str(script.with_name("python")))
+    assert program_command() == "ast-plugin"
+    assert python_command() == "python"
+
+
+def test_a_run_by_python_m_is_gone_on_with_in_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/ast_plugin/__main__.py", "demo"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(sys, "executable", "/opt/python")
+    assert program_command() == "/opt/python -m ast_plugin"
 
 
 # ------------------------------------------------------------------ Ctrl-C
