@@ -14,6 +14,7 @@ Errors are one message on standard error, without a traceback; ``AST_PLUGIN_TRAC
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -81,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name or a sign that the terminal cannot show is no reason to fail.
+            stream.reconfigure(errors="replace")
     try:
         args = build_parser().parse_args(argv)
         code: int = args.run(args)

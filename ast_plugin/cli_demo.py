@@ -13,7 +13,7 @@ from ast_plugin.sub_nets import is_n_of_m
 _DESCRIPTION = """\
 Train a small residual network on scikit-learn's handwritten digits (real images, augmented), so that one run
 yields several sparse networks. At the end: a table, a file with all of them, and a report to open in a browser.
-Takes about a minute on one core.
+Takes one to two minutes on one core.
 """
 
 _EPILOG = """\

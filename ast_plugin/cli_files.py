@@ -13,7 +13,7 @@ from ast_plugin.elastic_file import read_elastic
 from ast_plugin.errors import StateError
 from ast_plugin.export import export_state_dict
 from ast_plugin.report import Report
-from ast_plugin.report_format import clean, count, decimal, grouped, percent, shape
+from ast_plugin.report_format import clean, count, decimals, grouped, percent, shape
 from ast_plugin.report_text import TextTable, plain_table
 
 
@@ -143,21 +143,15 @@ def _command(
 def _sub_net_table(contents: ElasticContents) -> TextTable:
     records = [contents.records[name] for name in contents.sub_nets]
     metrics = list(dict.fromkeys(metric for record in records for metric in record.metrics))
-    return TextTable(
-        title="Sub-nets",
-        columns=("sub-net", "pattern", "sparsity", "kept weights", "of", *map(clean, metrics)),
-        rows=tuple(
-            (
-                clean(record.name),
-                clean(record.pattern or "?"),
-                percent(record.sparsity),
-                grouped(record.kept),
-                grouped(record.total),
-                *(decimal(record.metrics.get(metric)) for metric in metrics),
-            )
-            for record in records
-        ),
-    )
+    columns = {
+        "sub-net": [clean(record.name) for record in records],
+        "pattern": [clean(record.pattern or "?") for record in records],
+        "sparsity": [percent(record.sparsity) for record in records],
+        "weights kept": [grouped(record.kept) for record in records],
+        "of": [grouped(record.total) for record in records],
+        **{clean(metric): decimals([record.metrics.get(metric) for record in records]) for metric in metrics},
+    }
+    return TextTable(title="Sub-nets", columns=tuple(columns), rows=tuple(zip(*columns.values(), strict=True)))
 
 
 def _tensor_table(contents: ElasticContents) -> TextTable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import subprocess
@@ -143,11 +144,18 @@ def test_inspect_shows_sub_nets_tensors_and_settings(elastic: Path, capsys: pyte
     assert "2 sub-nets of one network" in text
     assert "default sub-net: s50" in text
     rows = [line.split() for line in text.splitlines()]
-    assert ["s50", "unstructured", "50.00", "%", "2", "4", "0.9"] in rows
-    assert ["s75", "unstructured", "75.00", "%", "1", "4", "0.8"] in rows
+    assert ["s50", "unstructured", "50.00", "%", "2", "4", "0.9000"] in rows
+    assert ["s75", "unstructured", "75.00", "%", "1", "4", "0.8000"] in rows
     assert "2 tensors: 1 with masks, 0 private to each sub-net, 1 shared by all" in text
     assert "method granet" in text
     assert ["bias", "2", "float32", "once"] in rows
+
+
+def test_an_output_that_shows_ascii_only_gets_replacements(elastic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+    assert main(["inspect", str(elastic), "--tensors"]) == cli.OK
+    assert b" 2 ? 2 " in out.getvalue()
 
 
 def test_inspect_as_json_tells_the_same(elastic: Path, capsys: pytest.CaptureFixture[str]) -> None:
