@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
+import signal
 import statistics
 import sys
 import time
@@ -99,10 +100,11 @@ def run(job: Job) -> tuple[Job, dict[str, Any]]:
     """Train and evaluate; returns what goes into the JSON file."""
     torch.set_num_threads(job.settings.threads)
     training = DemoRun(job.settings, load_digits())
-    started = time.perf_counter()
+    # Processor time, as everything runs on one thread: it does not depend on what else the machine does.
+    started = time.process_time()
     while not training.finished:
         training.train_step()
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     accuracies = training.evaluate()
     return job, {
         "label": job.label,
@@ -180,19 +182,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     done: dict[str, dict[str, Any]] = json.loads(args.output.read_text()) if args.output.exists() else {}
     wanted = list(jobs(range(args.seeds), args.steps, args.sparsities, variants=variants, only=args.only))
     missing = [job for job in wanted if job.key not in done]
-    # spawn: a forked process would inherit torch's threads in a state that it cannot use.
-    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+    try:
+        _run_all(missing, done, args.processes, args.output)
+    except KeyboardInterrupt:
+        print(f"\nStopped; what is done is in {args.output}, the same command goes on.", file=sys.stderr)
+        return 130
+    print("\n" + plain_table(table([done[job.key] for job in wanted], args.sparsities)))
+    return 0
+
+
+def _run_all(missing: Sequence[Job], done: dict[str, dict[str, Any]], processes: int, output: Path) -> None:
+    """Run the jobs and add their results to `done`, which is written after each."""
+    # spawn: a forked process would inherit torch's threads in a state that it cannot use. Ctrl-C is for this process.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(processes, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         for number, (job, result) in enumerate(pool.imap_unordered(run, missing), start=1):
             done[job.key] = result
-            atomic_write_text(args.output, json.dumps(done, indent=1))
+            atomic_write_text(output, json.dumps(done, indent=1))
             accuracies = "  ".join(f"{name} {value:.1f}" for name, value in result["accuracy"].items())
             print(
                 f"[{number}/{len(missing)}] {job.label}, seed {job.settings.seed}: {accuracies} "
                 f"({result['seconds']:.0f} s)",
                 flush=True,
             )
-    print("\n" + plain_table(table([done[job.key] for job in wanted], args.sparsities)))
-    return 0
 
 
 if __name__ == "__main__":
