@@ -77,12 +77,12 @@ class Method:
 
 
 def magnitude(inputs: ScoreInputs) -> Tensor:
-    """Return |w|: same shape as the weight, never negative."""
+    """Return ``|w|``: same shape as the weight, never negative."""
     return inputs.weight.detach().abs()
 
 
 def gradient_magnitude(inputs: ScoreInputs) -> Tensor:
-    """Return |dL/dw| of the dense gradient (Evci et al. 2020, algorithm 1); without a gradient, zeros."""
+    """Return ``|dL/dw|`` of the dense gradient (Evci et al. 2020, algorithm 1); without a gradient, zeros."""
     if inputs.gradient is None:
         return torch.zeros_like(inputs.weight)
     return inputs.gradient.detach().abs()
