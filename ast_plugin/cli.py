@@ -1,12 +1,12 @@
 """`ast-plugin`: the command line. Each command is a module of its own; here are what they share and the exit codes.
 
-| code | meaning |
-|---|---|
-| 0 | done |
-| 1 | it could not be done: a file is missing or damaged, a package is not installed, a plugin failed |
-| 2 | the command line is wrong: an unknown option, a value out of its range |
-| 130 | interrupted by Ctrl-C |
-| 141 | whoever read the output has gone (``ast-plugin report FILE | head -1``) |
+Exit codes:
+
+* 0: done.
+* 1: it could not be done: a file is missing or damaged, a package is not installed, a plugin failed.
+* 2: the command line is wrong: an unknown option, a value out of its range.
+* 130: interrupted by Ctrl-C.
+* 141: whoever read the output has gone, as in ``ast-plugin report FILE | head -1``.
 
 Errors are one message on standard error, without a traceback; ``AST_PLUGIN_TRACEBACK=1`` shows it.
 """
