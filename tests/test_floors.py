@@ -46,6 +46,7 @@ FLOORS = {
     "elastic": 4,
     "gradients": 4,
     "inactive": 4,
+    "masking": 4,
     "recalibration": 4,
     "sealed_file": 4,
     "updates": 4,
