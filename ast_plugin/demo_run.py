@@ -21,7 +21,7 @@ from ast_plugin.errors import ASTError, StateError
 from ast_plugin.files import atomic_write
 from ast_plugin.wrapping import wrap
 
-METRIC = "test accuracy"
+METRIC = "test accuracy (%)"
 MOMENTUM = 0.9
 
 _FORMAT = "ast-plugin demo"
