@@ -8,6 +8,7 @@ do nothing, so they are ordinary dense models.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
@@ -63,26 +64,28 @@ class Attachment:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, events: TrainingEvents) -> None:
         self._model = model
-        self._optimizer = optimizer
         self._events = events
         self._reported = True
+        hook = functools.partial(_ModelHook, before_copy=events.before_state_access)
         self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(_ModelHook(_uncompiled(self._before_forward)), prepend=True),
-            model.register_forward_hook(_ModelHook(_uncompiled(self._after_forward)), always_call=True),
-            model.register_state_dict_pre_hook(_ModelHook(self._before_state_access)),
-            model.register_load_state_dict_pre_hook(_ModelHook(self._before_load)),
+            model.register_forward_pre_hook(hook(_uncompiled(self._before_forward)), prepend=True),
+            model.register_forward_hook(hook(_uncompiled(self._after_forward)), always_call=True),
+            model.register_state_dict_pre_hook(hook(self._before_state_access)),
+            model.register_load_state_dict_pre_hook(hook(self._before_load)),
             optimizer.register_step_pre_hook(lambda _, args, kwargs: events.before_step(args, kwargs)),
             optimizer.register_step_post_hook(lambda *_: events.after_step()),
             optimizer.register_state_dict_pre_hook(lambda _: events.before_state_access()),
             optimizer.register_state_dict_post_hook(lambda _, state: events.add_state(state)),
             optimizer.register_load_state_dict_pre_hook(lambda _, state: events.take_state(state)),
         ]
-        _attached.update((model, optimizer))
+        self._claimed = (optimizer, *model.modules())
+        _attached.update(self._claimed)
 
     def remove(self) -> None:
         """Remove every hook."""
-        _attached.discard(self._model)
-        _attached.discard(self._optimizer)
+        for claimed in self._claimed:
+            _attached.discard(claimed)
+        self._claimed = ()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -118,7 +121,7 @@ class Attachment:
 
 
 def is_attached(thing: nn.Module | torch.optim.Optimizer) -> bool:
-    """Return whether an optimizer, or a model or some module inside it, carries the hooks of a controller."""
+    """Return whether an optimizer or some part of a model belongs to a controller already."""
     if isinstance(thing, nn.Module):
         return any(module in _attached for module in thing.modules())
     return thing in _attached
@@ -140,15 +143,17 @@ class _EndOfBackward:
 
 
 class _ModelHook:
-    """A module hook that stays behind when the module is copied or pickled."""
+    """A module hook that stays behind when the module is copied or pickled, and has it made dense first."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., None], before_copy: Callable[[], None]) -> None:
         self._function = function
+        self._before_copy = before_copy
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         self._function(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        self._before_copy()  # a module's hooks are copied before the modules inside it
         return _idle_hook, ()
 
 

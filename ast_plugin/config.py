@@ -7,11 +7,13 @@ optimizer steps when it is an `int`, and a fraction of `total_steps` when it is 
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ast_plugin.errors import ConfigError, near_names
-from ast_plugin.sub_nets import SubNetSpec, checked_sparsity, is_n_of_m, parse_n_of_m, parse_sub_nets
+from ast_plugin.sub_nets import SubNetSpec, checked_sparsity, is_n_of_m, is_number, parse_n_of_m, parse_sub_nets
 
 Moment = int | float
 LayerSparsity = float | Mapping[str, float]
@@ -115,7 +117,7 @@ class ASTConfig:
 
     def __post_init__(self) -> None:
         freeze = object.__setattr__
-        freeze(self, "sparsities", _as_tuple("sparsities", self.sparsities))
+        freeze(self, "sparsities", tuple(_plain(entry) for entry in _as_tuple("sparsities", self.sparsities)))
         freeze(self, "include", _globs("include", self.include))
         freeze(self, "exclude", _globs("exclude", self.exclude))
         if self.total_steps is not None:
@@ -142,16 +144,17 @@ class ASTConfig:
             freeze(self, "drop_fraction_end", self.drop_fraction)
         if self.initial_sparsity is not None:
             freeze(self, "initial_sparsity", _unit_interval("initial_sparsity", self.initial_sparsity))
-        _check_moment("begin_step", self.begin_step, zero=True)
-        _check_moment("end_step", self.end_step, zero=False)
-        _check_moment("update_interval", self.update_interval, zero=False)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+        freeze(self, "begin_step", _moment("begin_step", self.begin_step, zero=True))
+        freeze(self, "end_step", _moment("end_step", self.end_step, zero=False))
+        freeze(self, "update_interval", _moment("update_interval", self.update_interval, zero=False))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
             raise ConfigError(f"seed must be an int, got {self.seed!r}")
+        freeze(self, "seed", int(self.seed))
         names = [spec.name for spec in self.sub_nets]
         if self.default_sub_net is not None and self.default_sub_net not in names:
             raise ConfigError(
                 f"default_sub_net names no sub-net of this run: {self.default_sub_net!r}; "
-                f"{near_names(self.default_sub_net, names)}"
+                f"{near_names(str(self.default_sub_net), names)}"
             )
 
     @property
@@ -197,34 +200,53 @@ class ASTConfig:
             raise ConfigError("sparsities is missing: give one sparsity a sub-net, such as (0.9, 0.95)")
         given = dict(values)
         given["sparsities"] = tuple(
-            SubNetSpec(**s) if isinstance(s, Mapping) else s for s in _as_tuple("sparsities", given["sparsities"])
+            _built(SubNetSpec, "sparsities", s) if isinstance(s, Mapping) else s
+            for s in _as_tuple("sparsities", given["sparsities"])
         )
         if isinstance(given.get("correction"), Mapping):
-            given["correction"] = CorrectionOptions(**given["correction"])
+            given["correction"] = _built(CorrectionOptions, "correction", given["correction"])
         return cls(**given)
 
 
 def _unit_interval(parameter: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+    if not is_number(value) or not 0 <= value < 1:
         raise ConfigError(f"{parameter} must lie in [0, 1), got {value!r}")
     return float(value)
 
 
+def _plain(entry: Any) -> Any:
+    """Return a number of another kind, such as numpy's, as the float that it is written as."""
+    return float(str(entry)) if is_number(entry) and not isinstance(entry, (int, float)) else entry
+
+
+def _built(kind: type[Any], parameter: str, values: Mapping[str, Any]) -> Any:
+    fields = dataclasses.fields(kind)
+    for name in values:
+        if name not in {field.name for field in fields}:
+            known = [field.name for field in fields]
+            raise ConfigError(f"unknown setting {name!r} in {parameter}: {near_names(str(name), known)}")
+    missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in values]
+    if missing:
+        raise ConfigError(f"{parameter} lacks {', '.join(missing)}: got {dict(values)!r}")
+    return kind(**values)
+
+
 def _positive_int(parameter: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or int(value) != value or value < 1:
+    if not is_number(value) or not math.isfinite(value) or int(value) != value or value < 1:
         raise ConfigError(f"{parameter} must be a positive number of optimizer steps, got {value!r}")
     return int(value)
 
 
-def _check_moment(parameter: str, value: Any, *, zero: bool) -> None:
-    legal = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
-    if legal and isinstance(value, float):
+def _moment(parameter: str, value: Any, *, zero: bool) -> Moment:
+    legal = is_number(value) and value >= 0
+    if legal and not isinstance(value, numbers.Integral):
         legal = value <= 1
     if not legal or (value == 0 and not zero):
         raise ConfigError(
             f"{parameter} must be a number of optimizer steps (int) or a fraction of total_steps (float in "
             f"{'[0' if zero else '(0'}, 1]), got {value!r}"
         )
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _check_choice(parameter: str, value: Any, choices: Sequence[str]) -> None:
@@ -265,6 +287,8 @@ def _distribution(value: Any) -> str | dict[str, LayerSparsity] | None:
         )
     checked: dict[str, LayerSparsity] = {}
     for glob, sparsity in value.items():
+        if not isinstance(glob, str) or not glob:
+            raise ConfigError(f"distribution must map glob patterns on parameter names, got the key {glob!r}")
         where = f"distribution[{glob!r}]"
         if isinstance(sparsity, Mapping):
             checked[glob] = {name: checked_sparsity(where, s) for name, s in sparsity.items()}

@@ -47,6 +47,9 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise SaveError(f"cannot write {os.fspath(path)!r}: {_REMEDIES[errno.EISDIR]}")
+    if target.exists() and not target.is_file():
+        # Renaming over a device or a pipe would replace it by a file for every program of the machine.
+        raise SaveError(f"cannot write {os.fspath(path)!r}: it is no regular file; give the path of a file")
     temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ clipping, logged norms and overflow checks see the active sub-net's gradient onl
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ast_plugin.activation import as_bytes
 from ast_plugin.correction import Correction
+from ast_plugin.masking import zero_outside_
 from ast_plugin.masks import MaskStore
 
 CorrectGradients = Callable[..., Correction | None]
@@ -34,8 +35,7 @@ class GradientMasks:
         self._masks = masks
         self._handles: dict[str, tuple[weakref.ref[Tensor], RemovableHandle]] = {}
         self.sub_net: str | None = None
-        self._outside: dict[str, Tensor] | None = None
-        self._dense: dict[str, Tensor] = {}
+        self._captured: dict[str, _Captured] | None = None
 
     def attach(self) -> None:
         """Register the hooks, again on parameters that were replaced since."""
@@ -63,19 +63,14 @@ class GradientMasks:
         """
         self.sub_net = sub_net
         if not capture:
-            self._outside = None
-        elif self._outside is None or self._is_new_step():
-            self._outside, self._dense = {}, {}
+            self._captured = None
+        elif self._captured is None:
+            self._captured = {}
 
     def end(self) -> None:
         """Forget the sub-net and the dense gradient: the step is over, or was never made."""
         self.sub_net = None
-        self._outside, self._dense = None, {}
-
-    def _is_new_step(self) -> bool:
-        # A step skipped by a gradient scaler leaves no trace but cleared gradients.
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        return not any(bool(g.any()) for g in gradients)
+        self._captured = None
 
     def accumulated(self, name: str, parameter: Tensor) -> None:
         """Mask the gradient that was just accumulated into `parameter`, in place."""
@@ -85,31 +80,27 @@ class GradientMasks:
         mask = self._masks.get(self.sub_net, name)
         partial = self._masks.kept(self.sub_net, name) != mask.numel()
         with torch.no_grad():
-            if self._outside is None:
-                if partial:
-                    gradient.mul_(as_bytes(mask))
-                return
-            # Taken whole here, before clipping or unscaling: growth compares weights inside and outside the old mask.
-            # Inside, the gradient itself is the sum over micro-batches; outside, it was zeroed after each of them.
+            if self._captured is not None:
+                self._captured[name] = _capture(gradient, mask, self._captured.get(name))
             if partial:
-                outside = gradient.masked_fill(mask, 0)
-                earlier = self._outside.get(name)
-                self._outside[name] = outside if earlier is None else earlier.add_(outside)
-                gradient.mul_(as_bytes(mask))
-                self._dense[name] = gradient + self._outside[name]
-            else:
-                self._dense[name] = gradient.detach().clone()
+                zero_outside_(gradient, mask)
+            if self._captured is not None:
+                self._captured[name].version = gradient._version
 
     def dense(self) -> dict[str, Tensor]:
         """Return the dense gradients of this step by parameter name, summed over its micro-batches, unclipped."""
-        return dict(self._dense)
+        return {name: captured.dense for name, captured in (self._captured or {}).items()}
 
     def mask_now(self, sub_net: str) -> None:
-        """Mask all gradients with the present masks of `sub_net`, in place: they changed since accumulation."""
+        """Mask all gradients with the present masks of `sub_net`, in place.
+
+        The masks may have changed since accumulation, or something may have come without it: a gradient assigned to
+        ``grad``, or noise added to it.
+        """
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 if parameter.grad is not None and self._masks.kept(sub_net, name) != parameter.numel():
-                    parameter.grad.mul_(as_bytes(self._masks.get(sub_net, name)))
+                    zero_outside_(parameter.grad, self._masks.get(sub_net, name))
 
 
 class GradientReference:
@@ -140,7 +131,7 @@ class GradientReference:
         for name in names:
             reference = self._gradients[name]
             if self._masks.kept(sub_net, name) != reference.numel():
-                reference.mul_(as_bytes(self._masks.get(sub_net, name)))
+                zero_outside_(reference, self._masks.get(sub_net, name))
             references.append(reference)
         gradients = [g for g in (self._parameters[name].grad for name in names) if g is not None]
         uncorrected = self._copies() if keep else {}
@@ -173,6 +164,34 @@ class GradientReference:
             name: gradient.detach().to(self._parameters[name].device, copy=True)
             for name, gradient in state["gradients"].items()
         }
+
+
+@dataclasses.dataclass
+class _Captured:
+    """The dense gradient of one parameter, and how to tell the next micro-batch from the next attempt at a step.
+
+    Attributes:
+        dense: Sum over the micro-batches so far, taken before clipping and unscaling.
+        gradient: The tensor in ``grad`` that held the masked sum.
+        version: Its version counter then; one accumulation in place raises it by one, clearing it raises it too.
+    """
+
+    dense: Tensor
+    gradient: Tensor
+    version: int = -1
+
+
+def _capture(gradient: Tensor, mask: Tensor, earlier: _Captured | None) -> _Captured:
+    """Return the dense gradient with the micro-batch that was just accumulated into `gradient`.
+
+    What arrived before a cleared gradient belongs to a step that was skipped, and is forgotten. Inside the mask the
+    gradient itself is the sum over micro-batches; outside, it was zeroed after each of them.
+    """
+    if earlier is None or earlier.gradient is not gradient or gradient._version != earlier.version + 1:
+        return _Captured(dense=gradient.detach().clone(), gradient=gradient)
+    # Outside the mask add up; inside take the gradient, which has added up by itself.
+    dense = zero_outside_(earlier.dense, ~mask).add_(gradient)
+    return _Captured(dense=dense, gradient=gradient)
 
 
 def _accumulation_hook(owner: weakref.ref[GradientMasks], name: str) -> Callable[[Tensor], None]:

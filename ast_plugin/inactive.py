@@ -54,7 +54,7 @@ class FrozenInactive:
                 before = self._weights.get(name)
                 if before is None:
                     continue
-                mask = masks[name]
+                mask = masks[name].to(parameter.device)
                 parameter.copy_(torch.where(mask, parameter, before))
                 for key, value in _elementwise_state(parameter, optimizer).items():
                     old = self._states[name].get(key)

@@ -42,13 +42,18 @@ class PrivateNormalization:
         self._parameters: dict[str, tuple[nn.Module, str]] = {}
         self._buffers: dict[str, tuple[nn.Module, str]] = {}
         if enabled and len(sub_nets) > 1:
+            seen: set[int] = set()
             for path, module in batch_norm_modules(model).items():
                 prefix = f"{path}." if path else ""
                 for attribute in _AFFINE:
-                    if module._parameters.get(attribute) is not None:
+                    parameter = module._parameters.get(attribute)
+                    if parameter is not None and id(parameter) not in seen:
+                        seen.add(id(parameter))
                         self._parameters[prefix + attribute] = (module, attribute)
                 for attribute in _STATISTICS:
-                    if module._buffers.get(attribute) is not None:
+                    buffer = module._buffers.get(attribute)
+                    if buffer is not None and id(buffer) not in seen:
+                        seen.add(id(buffer))
                         self._buffers[prefix + attribute] = (module, attribute)
         with torch.inference_mode(False), torch.no_grad():
             self._banks: dict[str, dict[str, Tensor]] = {
@@ -80,6 +85,18 @@ class PrivateNormalization:
             if buffer is not None:
                 tensors[name] = buffer
         return tensors
+
+    def adopt_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give every sub-net a copy of the state that the optimizer has for the private parameters already.
+
+        Some optimizers make their state when they are constructed and fail where it is missing.
+        """
+        for name, (module, attribute) in self._parameters.items():
+            parameter = module._parameters[attribute]
+            if parameter is not None and parameter in optimizer.state:
+                for sub_net, entries in self._optimizer_states.items():
+                    if sub_net != self.carried:
+                        entries[name] = _copied(optimizer.state[parameter])
 
     def carry(self, sub_net: str) -> None:
         """Put the state of `sub_net` into the model, and the one found there into its bank."""
@@ -153,7 +170,6 @@ class PrivateNormalization:
         """Return the banks of all sub-nets but the carried one, with their optimizer state, as plain containers."""
         waiting = [name for name in self._banks if name != self.carried]
         return {
-            "carried": self.carried,
             "tensors": {name: self.state(name) for name in waiting},
             "optimizer": {name: _copied(self._optimizer_states[name]) for name in waiting},
         }

@@ -14,6 +14,7 @@ from ast_plugin.errors import ConfigError, near_names
 from ast_plugin.patterns_base import Pattern, UnstructuredPattern, nearest_count
 from ast_plugin.patterns_blocks import BlockPattern, ChannelPattern
 from ast_plugin.patterns_nm import NMPattern
+from ast_plugin.patterns_sizes import level, weights_in
 from ast_plugin.sub_nets import is_n_of_m, parse_n_of_m
 
 __all__ = [
@@ -22,8 +23,10 @@ __all__ = [
     "NMPattern",
     "Pattern",
     "UnstructuredPattern",
+    "level",
     "nearest_count",
     "parse_pattern",
+    "weights_in",
 ]
 
 _BLOCK_FORM = re.compile(r"^(\d+)x(\d+)$")

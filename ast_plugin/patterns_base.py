@@ -46,6 +46,11 @@ class Pattern(ABC):
     def unit_count(self, shape: Sequence[int]) -> int:
         """Return the number of units of a weight of this shape."""
 
+    def unit_sizes(self, shape: Sequence[int]) -> Tensor | None:
+        """Return the weights in each unit, int64 (units,), on the CPU; None where all units have as many."""
+        del shape
+        return None
+
     @abstractmethod
     def unit_scores(self, scores: Tensor) -> Tensor:
         """Return one score a unit: the mean over the weights of the unit.

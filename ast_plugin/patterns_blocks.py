@@ -41,6 +41,17 @@ class BlockPattern(Pattern):
         down, across = self._grid(shape)
         return down * across
 
+    def unit_sizes(self, shape: Sequence[int]) -> Tensor | None:
+        """Return the weights in each block; None where no block is cut off at an edge."""
+        length = math.prod(shape[1:])
+        if shape[0] % self.rows == 0 and length % self.columns == 0:
+            return None
+        down, across = self._grid(shape)
+        device = torch.device("cpu")
+        heights = _edge_sizes(shape[0], self.rows, down, device)
+        widths = _edge_sizes(length, self.columns, across, device)
+        return (heights.unsqueeze(1) * widths).reshape(-1).long()
+
     def unit_scores(self, scores: Tensor) -> Tensor:
         """Return the mean score of each block over the weights that it really has, float32 or float64."""
         wide = scores if scores.dtype == torch.float64 else scores.float()

@@ -218,6 +218,10 @@ class PluginRegistry:
             raise self._bad_answer(hook, f"a Correction or None, not {found!r}")
         return found
 
+    def extends(self, hook: str) -> bool:
+        """Return whether a plugin beside the built-in one has this hook."""
+        return any(name != BUILT_IN for name in self._host.implementers(hook))
+
     def notify(self, hook: str, **arguments: object) -> None:
         """Call an observer hook in every plugin that has it; next to free where none has.
 

@@ -9,7 +9,7 @@ import torch
 
 from ast_plugin.correction import Correction
 from ast_plugin.distributed import average_over_ranks, check_same_on_all_ranks
-from ast_plugin.errors import ActivationError
+from ast_plugin.errors import ActivationError, PluginError
 from ast_plugin.inactive import clear_state_at
 from ast_plugin.parts import RunParts
 
@@ -39,7 +39,14 @@ class TrainingStep:
     @property
     def scheduled(self) -> str:
         """The sub-net that the next step trains."""
-        return self._parts.names[self._parts.alternation.sub_net_at(self.number)]
+        names, alternation = self._parts.names, self._parts.alternation
+        index = alternation.sub_net_at(self.number)
+        if not isinstance(index, int) or not 0 <= index < len(names):
+            raise PluginError(
+                f"alternation {alternation.name!r} chose {index!r} for step {self.number}; it must return the index of "
+                f"one of the {len(names)} sub-nets, from 0"
+            )
+        return names[index]
 
     def begin(self) -> None:
         """A training forward is about to run for this step; there may be several (micro-batches)."""
@@ -56,6 +63,7 @@ class TrainingStep:
         if not self._counts:
             return
         self._update_masks()
+        self._parts.gradients.mask_now(self.scheduled)
         self._correct()
         self._hand_over()
 
@@ -156,7 +164,6 @@ class TrainingStep:
         update = parts.updater.update(name, self.number, dict(parts.parameters), gradients)
         if parts.grow_initialization == "zero":
             self._start_at_zero(name, update.grown)
-        parts.gradients.mask_now(name)
         check_same_on_all_ranks(f"the masks of sub-net {name!r} at step {self.number}", parts.masks.checksum, name)
         parts.statistics.masks_updated(self.number, name, target=update.target, achieved=update.achieved)
         parts.registry.notify("ast_masks_updated", training=self._owner, sub_net=name, step=self.number)
@@ -168,7 +175,7 @@ class TrainingStep:
             parameter = parts.parameters[parameter_name]
             for other in parts.names:
                 if other != name:
-                    mask = mask & ~parts.masks.get(other, parameter_name)
+                    mask = mask & ~parts.masks.get(other, parameter_name).to(mask.device)
             with torch.no_grad():
                 parameter.masked_fill_(mask, 0)
             clear_state_at(parameter, mask, parts.optimizer)
@@ -190,7 +197,11 @@ class TrainingStep:
             reference.forget()
 
     def _project(self, **arguments: Any) -> Correction | None:
-        return self._parts.registry.correct_gradients(options=self._parts.config.correction_options, **arguments)
+        registry = self._parts.registry
+        correction = registry.correct_gradients(options=self._parts.config.correction_options, **arguments)
+        if registry.extends("ast_correct_gradients"):
+            self._parts.gradients.mask_now(self.scheduled)  # a plugin's correction may have left the mask
+        return correction
 
     def _hand_over(self) -> None:
         """Give the optimizer the sub-net's own BatchNorm state, and remember what it must not move."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +36,8 @@ class SubNetSpec:
                 f"name of a sub-net must have no white space, slash or '::', got {self.name!r}; "
                 "use letters, digits, '.', ':', '-' and '_'"
             )
+        if self.pattern is not None and (not isinstance(self.pattern, str) or not self.pattern):
+            raise ConfigError(f"pattern of sub-net {self.name!r} must be a name such as '2:4', got {self.pattern!r}")
         object.__setattr__(self, "sparsity", checked_sparsity("sparsities", self.sparsity))
 
 
@@ -118,6 +121,11 @@ def parse_n_of_m(parameter: str, text: str) -> tuple[int, int]:
     return n, m
 
 
+def is_number(value: Any) -> bool:
+    """Return whether `value` is a real number, numpy's included; True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def checked_sparsity(parameter: str, value: Any) -> float:
     """Return `value` as a float if it is a sparsity in [0, 1).
 
@@ -128,9 +136,9 @@ def checked_sparsity(parameter: str, value: Any) -> float:
     Raises:
         ConfigError: If it is no number, or outside [0, 1).
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+    if not is_number(value) or not 0 <= value < 1:
         hint = ""
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 1 < value < 100:
+        if is_number(value) and 1 < value < 100:
             hint = f"; for {value:g} % write {value / 100:g}"
         raise ConfigError(f"{parameter} must hold fractions of zeros in [0, 1), got {value!r}{hint}")
     return float(value)

@@ -13,6 +13,7 @@ Source: Yang, Meng, Seo, Fan: "Get More at Once: Alternating Sparse Training wit
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ast_plugin import training_state
 from ast_plugin.attachment import Attachment
 from ast_plugin.describe import Description, describe
 from ast_plugin.elastic_file import write_elastic
 from ast_plugin.errors import ActivationError, ConfigError, near_names
+from ast_plugin.events import RunEvents
 from ast_plugin.normalization import batch_norm_modules
 from ast_plugin.parts import RunParts
 from ast_plugin.recalibration import Forward, recalibrate
 from ast_plugin.step import TrainingStep
+from ast_plugin.training_state import RunState
+
+_FAR_FROM_TARGET = 0.01  # in sparsity: more than patterns with large units leave over
 
 
 class AlternatingSparseTraining:
@@ -52,11 +56,9 @@ class AlternatingSparseTraining:
         self.metrics: dict[str, dict[str, float]] = {name: {} for name in parts.names}
         self._parts = parts
         self._step = TrainingStep(parts, self)
-        self._chosen: list[str] = []
-        self._passing = False
+        self._state = RunState(parts, self._step, self.metrics)
+        self._events = RunEvents(parts, self._step, self._state)
         self._attachment: Attachment | None = None
-
-    # ---------------------------------------------------------------- what users ask
 
     @property
     def sub_nets(self) -> tuple[str, ...]:
@@ -71,7 +73,7 @@ class AlternatingSparseTraining:
     @property
     def active(self) -> str:
         """The sub-net chosen by ``with sub_net(...)``, or else the one that the next step trains."""
-        return self._chosen[-1] if self._chosen else self._step.scheduled
+        return self._events.chosen or self._step.scheduled
 
     @property
     def step(self) -> int:
@@ -105,16 +107,8 @@ class AlternatingSparseTraining:
             ActivationError: If the optimizer steps inside the block.
         """
         self._check_name(name)
-        self._chosen.append(name)
-        try:
-            self._parts.activation.put_on(name)
+        with self._events.choose(name):
             yield self.model
-        finally:
-            self._chosen.pop()
-            if self._chosen:
-                self._parts.activation.put_on(self._chosen[-1])
-            else:
-                self._parts.activation.take_off()
 
     def describe(self) -> Description:
         """Return the table of all parameters: shape, prunable or why not, sparsity per sub-net."""
@@ -139,9 +133,15 @@ class AlternatingSparseTraining:
             name: What was measured, for example ``accuracy``.
             value: The figure; a later one replaces an earlier one.
             sub_net: The sub-net that it was measured on.
+
+        Raises:
+            ConfigError: If there is no such sub-net, or the value is no number.
         """
         self._check_name(sub_net)
-        self.metrics[sub_net][str(name)] = float(value)
+        try:
+            self.metrics[sub_net][str(name)] = float(value)
+        except (TypeError, ValueError):
+            raise ConfigError(f"value of metric {name!r} must be a number, got {value!r}") from None
 
     def private_state(self, sub_net: str) -> dict[str, Tensor]:
         """Return copies of a sub-net's private BatchNorm tensors by their names in ``model.state_dict()``."""
@@ -183,19 +183,22 @@ class AlternatingSparseTraining:
                 f"sub_nets={names} share one set of BatchNorm statistics, because private_normalization is False; "
                 "recalibrate for one sub-net at a time, right before it is used"
             )
+        if len(names) > 1 and iter(loader) is loader:
+            raise ConfigError(
+                f"loader must be iterable once for each of {len(names)} sub-nets, and a {type(loader).__name__} is "
+                "used up after one; pass a DataLoader or a list"
+            )
         for name in names:
             with self.sub_net(name):
                 recalibrate(self.model, loader, forward=forward, max_batches=max_batches)
-
-    # ---------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run as tensors and plain containers, readable with ``weights_only=True``.
 
         It travels in ``optimizer.state_dict()`` by itself; call this to keep it elsewhere.
         """
-        with self._at_rest():
-            return training_state.collect(self._parts, self._step, self.metrics)
+        with self._events.at_rest():
+            return self._state.collect()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned. Model and optimizer bring their own state back themselves.
@@ -204,8 +207,8 @@ class AlternatingSparseTraining:
             StateError: If the state belongs to other sub-nets or parameters; nothing has been changed then.
             ActivationError: If a sub-net is on, inside ``with sub_net(...)``.
         """
-        self.before_load()
-        training_state.restore(self._parts, self._step, self.metrics, state)
+        self._events.before_load()
+        self._state.restore(state)
 
     def save(self, path: str | Path, *, report: Mapping[str, Any] | None = None) -> None:
         """Write all sub-nets into one elastic file, readable by `ast_plugin.load` and by any safetensors reader.
@@ -216,7 +219,17 @@ class AlternatingSparseTraining:
 
         Raises:
             SaveError: If the file cannot be written; an older file is still there then.
+
+        Warns:
+            UserWarning: If a sub-net is far from its target, because its mask schedule has not ended.
         """
+        for name, plan in self._parts.updater.plans.items():
+            if abs(plan.target_sparsity - self.masks.sparsity(name)) > _FAR_FROM_TARGET:
+                warnings.warn(
+                    f"sub-net {name!r} is saved with sparsity {self.masks.sparsity(name):.3f}; its target is "
+                    f"{plan.target_sparsity:.3f}, which the masks reach at step {plan.calendar.end} (now {self.step})",
+                    stacklevel=2,
+                )
         header: dict[str, Any] = {
             "config": self.config.to_dict(),
             "default_sub_net": self.default_sub_net,
@@ -231,7 +244,7 @@ class AlternatingSparseTraining:
         }
         if report is not None:
             header["report"] = dict(report)
-        with self._at_rest():
+        with self._events.at_rest():
             write_elastic(
                 Path(path),
                 state=self.model.state_dict(),
@@ -241,9 +254,16 @@ class AlternatingSparseTraining:
             )
 
     def detach(self) -> nn.Module:
-        """Remove every hook and return the model, an ordinary dense model with the default's BatchNorm state."""
+        """Remove every hook and return the model, an ordinary dense model with the default's BatchNorm state.
+
+        Raises:
+            ActivationError: If a sub-net is on, inside ``with sub_net(...)``.
+        """
+        if self._events.chosen:
+            raise ActivationError(
+                f"detach() was called inside `with sub_net({self._events.chosen!r})`; leave the block first"
+            )
         self._step.settle()
-        self._chosen.clear()
         if self._attachment is not None:
             self._attachment.remove()
             self._attachment = None
@@ -251,97 +271,10 @@ class AlternatingSparseTraining:
         self._parts.activation.release()
         return self.model
 
-    # ---------------------------------------------------------------- what the hooks report
-
     def attach(self) -> None:
         """Register the hooks; called once, by `wrap`."""
         self._parts.gradients.attach()
-        self._attachment = Attachment(self.model, self.optimizer, self)
-
-    def before_forward(self) -> None:
-        """Put on the scheduled sub-net in training, the default one otherwise, unless one was chosen."""
-        if self._chosen:
-            return
-        self._step.mend()
-        if self.model.training and torch.is_grad_enabled():
-            self._step.begin()
-            self._parts.activation.put_on(self._step.scheduled)
-        else:
-            self._passing = self._parts.activation.worn != self.default_sub_net
-            self._parts.activation.put_on(self.default_sub_net)
-
-    def after_forward(self, raised: bool) -> bool:
-        """Keep the sub-net on for backward after a training forward; take it off otherwise."""
-        if self._chosen:
-            return False
-        if raised or self._passing:
-            self._passing = False
-            self._parts.activation.take_off()
-            return False
-        return self.model.training and torch.is_grad_enabled()
-
-    def after_backward(self) -> None:
-        """Make the model dense again."""
-        if not self._chosen:
-            self._parts.activation.take_off()
-
-    def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        """Update masks and correct gradients now, or after a closure has run its own forward and backward."""
-        if self._chosen:
-            raise ActivationError(
-                f"optimizer.step() was called inside `with sub_net({self._chosen[-1]!r})`; leave the block before "
-                "training goes on"
-            )
-        self._parts.activation.take_off()
-        # args holds the optimizer itself first.
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._step.prepare()
-            return None
-        prepared = self._step.around(closure)
-        if len(args) > 1:
-            return (args[0], prepared, *args[2:]), kwargs
-        return args, {**kwargs, "closure": prepared}
-
-    def after_step(self) -> None:
-        """Settle what the step left behind and schedule the next sub-net."""
-        self._step.finish()
-
-    def before_state_access(self) -> None:
-        """Make the model dense, unless the user chose a sub-net to look at."""
-        if not self._chosen:
-            self._step.settle()
-
-    def before_load(self) -> None:
-        """Make the model dense; inside a block, what is loaded would be lost at its end."""
-        if self._chosen:
-            raise ActivationError(
-                f"a state dict is being loaded inside `with sub_net({self._chosen[-1]!r})`, at whose end the earlier "
-                "weights come back; leave the block first"
-            )
-        self._step.settle()
-
-    def add_state(self, state_dict: dict[str, Any]) -> None:
-        """Put the run's state into the optimizer's state dict."""
-        state_dict[training_state.KEY] = self.state_dict()
-
-    def take_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Take the run's state out of an optimizer's state dict; one without is taken as it is."""
-        self.before_load()
-        if training_state.KEY not in state_dict:
-            return state_dict
-        training_state.restore(self._parts, self._step, self.metrics, state_dict[training_state.KEY])
-        return {key: value for key, value in state_dict.items() if key != training_state.KEY}
-
-    @contextlib.contextmanager
-    def _at_rest(self) -> Iterator[None]:
-        """Have the model dense with the default's BatchNorm state for a moment, also inside ``with sub_net(...)``."""
-        self._step.settle()
-        try:
-            yield
-        finally:
-            if self._chosen:
-                self._parts.activation.put_on(self._chosen[-1])
+        self._attachment = Attachment(self.model, self.optimizer, self._events)
 
     def _check_name(self, name: str) -> None:
         if name not in self.sub_nets:

@@ -5,11 +5,14 @@ Random choices depend on seed and step alone, so there is no generator state.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ast_plugin.errors import StateError
+from ast_plugin.masks import MaskStore
 from ast_plugin.parts import RunParts
+from ast_plugin.statistics import Statistics
 
 if TYPE_CHECKING:
     from ast_plugin.step import TrainingStep
@@ -18,58 +21,74 @@ KEY = "ast_plugin"
 FORMAT = 1
 
 
-def collect(parts: RunParts, step: TrainingStep, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Return the state of a run at rest.
+class RunState:
+    """Collects and restores the state of one run.
 
     Args:
         parts: The run's components.
         step: Its step counter.
-        metrics: Measured figures by sub-net.
-
-    Returns:
-        Plain containers and tensors; masks are packed, eight weights a byte.
+        metrics: Measured figures by sub-net; changed in place by `restore`.
     """
-    return {
-        "format": FORMAT,
-        "step": step.number,
-        "last_steps": dict(step.last_steps),
-        "sub_nets": list(parts.names),
-        "default_sub_net": parts.default,
-        "shapes": {name: list(shape) for name, shape in parts.masks.shapes.items()},
-        "masks": {name: parts.masks.pack(name) for name in parts.names},
-        "normalization": parts.normalization.state_dict(),
-        "reference": parts.reference.state_dict(),
-        "statistics": parts.statistics.state_dict(),
-        "metrics": {name: dict(figures) for name, figures in metrics.items()},
-        "config": parts.config.to_dict(),
-    }
 
+    def __init__(self, parts: RunParts, step: TrainingStep, metrics: dict[str, dict[str, float]]) -> None:
+        self._parts = parts
+        self._step = step
+        self._metrics = metrics
 
-def restore(
-    parts: RunParts, step: TrainingStep, metrics: dict[str, dict[str, float]], state: Mapping[str, Any]
-) -> None:
-    """Bring a run to a saved state; the model is expected to carry the default's BatchNorm state.
+    def collect(self) -> dict[str, Any]:
+        """Return the state of the run at rest: plain containers and tensors; masks packed, eight weights a byte."""
+        parts = self._parts
+        return {
+            "format": FORMAT,
+            "step": self._step.number,
+            "last_steps": dict(self._step.last_steps),
+            "sub_nets": list(parts.names),
+            "default_sub_net": parts.default,
+            "shapes": {name: list(shape) for name, shape in parts.masks.shapes.items()},
+            "masks": {name: parts.masks.pack(name) for name in parts.names},
+            "normalization": parts.normalization.state_dict(),
+            "reference": parts.reference.state_dict(),
+            "statistics": parts.statistics.state_dict(),
+            "metrics": {name: dict(figures) for name, figures in self._metrics.items()},
+            "config": parts.config.to_dict(),
+        }
 
-    Args:
-        parts: The run's components; changed in place.
-        step: Its step counter; changed in place.
-        metrics: Measured figures; changed in place.
-        state: What `collect` returned.
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Bring the run to a saved state; the model is expected to carry the default's BatchNorm state.
 
-    Raises:
-        StateError: If the state does not fit; nothing has been changed then.
-    """
-    _check(parts, state)
-    for name in parts.names:
-        parts.masks.unpack(name, state["masks"][name])
+        Args:
+            state: What `collect` returned.
+
+        Raises:
+            StateError: If the state does not fit, or is damaged; nothing has been changed then.
+
+        Warns:
+            UserWarning: If the run goes on with other settings than those it was saved with.
+        """
+        parts = self._parts
+        try:
+            _check(parts, state)
+            masks = MaskStore(parts.names, parts.masks.shapes)
+            for name in parts.names:
+                masks.unpack(name, state["masks"][name])
+            statistics = Statistics(parts.names, window=1)
+            statistics.load_state_dict(state["statistics"])
+            number, last_steps = int(state["step"]), {name: state["last_steps"][name] for name in parts.names}
+            metrics = {name: dict(state["metrics"].get(name, {})) for name in parts.names}
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise StateError(
+                f"the saved state is damaged or none of this package: {type(error).__name__}: {error}; load another "
+                "checkpoint"
+            ) from error
         for parameter_name, parameter in parts.parameters.items():
-            parts.masks.set(name, parameter_name, parts.masks.get(name, parameter_name).to(parameter.device))
-    parts.normalization.load_state_dict(state["normalization"])
-    parts.reference.load_state_dict(state["reference"])
-    parts.statistics.load_state_dict(state["statistics"])
-    for name in parts.names:
-        metrics[name] = dict(state["metrics"].get(name, {}))
-    step.restore(int(state["step"]), state["last_steps"])
+            for name in parts.names:
+                parts.masks.set(name, parameter_name, masks.get(name, parameter_name).to(parameter.device))
+        parts.normalization.load_state_dict(state["normalization"])
+        parts.reference.load_state_dict(state["reference"])
+        parts.statistics.load_state_dict(state["statistics"])
+        self._metrics.update(metrics)
+        self._step.restore(number, last_steps)
+        _warn_of_other_settings(state["config"], parts.config.to_dict())
 
 
 def _check(parts: RunParts, state: Mapping[str, Any]) -> None:
@@ -102,10 +121,33 @@ def _check(parts: RunParts, state: Mapping[str, Any]) -> None:
             f"the saved state belongs to other prunable parameters ({len(differences)} differ: "
             f"{'; '.join(differences[:3])}); use the same model, include and exclude"
         )
-    saved_private = {n for tensors in state["normalization"]["tensors"].values() for n in tensors}
+    private = state["normalization"]["tensors"]
+    saved_private = {n for tensors in private.values() for n in tensors}
     if len(parts.names) > 1 and saved_private != set(parts.normalization.names):
         raise StateError(
             "the saved state and this run differ in their private BatchNorm tensors "
             f"({len(saved_private)} saved, {len(parts.normalization.names)} here); use the same model and "
             "private_normalization"
         )
+    _check_tensors("reference gradient", state["reference"]["gradients"], here)
+    present = {name: tuple(tensor.shape) for name, tensor in parts.normalization.state(parts.default).items()}
+    for tensors in private.values():
+        _check_tensors("private BatchNorm tensor", tensors, present)
+
+
+def _check_tensors(what: str, tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, tensor in tensors.items():
+        found = tuple(tensor.shape)
+        if shapes.get(name) != found:
+            raise StateError(
+                f"the saved state has a {what} {name!r} of shape {found}, this run has {shapes.get(name, 'none')}; "
+                "load a checkpoint of the same model"
+            )
+
+
+def _warn_of_other_settings(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    changed = [
+        f"{name}={present[name]!r} (saved: {saved.get(name)!r})" for name in present if saved.get(name) != present[name]
+    ]
+    if changed:
+        warnings.warn(f"the run goes on with other settings than it was saved with: {', '.join(changed)}", stacklevel=2)

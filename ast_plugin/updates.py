@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -11,29 +12,13 @@ from torch import Tensor
 
 from ast_plugin.config import ASTConfig
 from ast_plugin.distributions import Distribution, DistributionRequest, LayerRequest, kept_units
-from ast_plugin.errors import ConfigError
+from ast_plugin.errors import ConfigError, PluginError
 from ast_plugin.masks import MaskStore
-from ast_plugin.methods import Method, ScoreInputs, chance, magnitude
-from ast_plugin.patterns import Pattern
-from ast_plugin.schedules import MaskCalendar, constant_drop_fraction, cosine_drop_fraction
+from ast_plugin.methods import Method, Score, ScoreInputs, chance, magnitude
+from ast_plugin.patterns import level, nearest_count, weights_in
+from ast_plugin.plans import SubNetPlan
+from ast_plugin.schedules import constant_drop_fraction, cosine_drop_fraction
 from ast_plugin.selection_kernels import count_kept
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SubNetPlan:
-    """What one sub-net's masks have to become, and when.
-
-    Attributes:
-        name: The sub-net.
-        target_sparsity: Sparsity at the end of the schedule, in [0, 1).
-        pattern: Which masks are allowed.
-        calendar: When updates fall due.
-    """
-
-    name: str
-    target_sparsity: float
-    pattern: Pattern
-    calendar: MaskCalendar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,10 +146,12 @@ class MaskUpdater:
         else:
             selected = {name: plan.pattern.reduce_mask(self.masks.get(sub_net, name)) for name in self.masks.parameters}
         grown = {}
+        owed = self._owed(plan, sparsity, selected, weights)
         for name, kept in selected.items():
             if self.method.grow_score is not None:
-                kept = self._regrow(plan, name, kept, drop_scores.pop(name, None), weights, gradients, step)
-            before = self.masks.get(sub_net, name)
+                scores = drop_scores.pop(name, None)
+                kept, owed = self._regrow(plan, name, kept, scores, weights, gradients, step, owed)
+            before = self.masks.get(sub_net, name).to(kept.device)
             after = plan.pattern.expand(kept, weights[name].shape)
             new = after & ~before
             if count_kept(new):
@@ -214,7 +201,7 @@ class MaskUpdater:
         gradients: Mapping[str, Tensor] | None,
         *,
         step: int,
-        scores: Callable[[ScoreInputs], Tensor],
+        scores: Score,
         unit_scores: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Return unit masks with the exact counts that the distribution gives for `sparsity`.
@@ -230,12 +217,21 @@ class MaskUpdater:
             }
         made: dict[str, Tensor] = {} if unit_scores is None else unit_scores
         for name in names:
-            made[name] = pattern.unit_scores(scores(self._inputs(plan, name, weights, gradients, step)))
+            made[name] = self._unit_scores(plan, scores, self._inputs(plan, name, weights, gradients, step))
         counts = self._counts(plan, sparsity, weights, lambda: self._distribution_scores(plan, made, weights, scores))
-        return {
-            name: pattern.keep_top(made[name], count, weights[name].shape)
-            for name, count in zip(names, counts, strict=True)
-        }
+        chosen = {}
+        owed = 0.0
+        for name, count in zip(names, counts, strict=True):
+            shape = weights[name].shape
+            kept = pattern.keep_top(made[name], count, shape)
+            sizes = pattern.unit_sizes(shape)
+            if sizes is not None:
+                # Blocks cut off at an edge hold fewer weights than the average. The next layer makes up the rest.
+                wanted = count * math.prod(shape) / sizes.numel() + owed
+                kept = level(kept, sizes, made[name], wanted)
+                owed = wanted - weights_in(kept, sizes)
+            chosen[name] = kept
+        return chosen
 
     def _counts(
         self, plan: SubNetPlan, sparsity: float, weights: Mapping[str, Tensor], unit_scores: Callable[[], list[Tensor]]
@@ -261,13 +257,13 @@ class MaskUpdater:
         plan: SubNetPlan,
         made: Mapping[str, Tensor],
         weights: Mapping[str, Tensor],
-        scores: Callable[[ScoreInputs], Tensor],
+        scores: Score,
     ) -> list[Tensor]:
         """Return what a global threshold compares: random first masks take their counts from the magnitudes."""
         if scores is not chance:
             return [made[name] for name in self.masks.parameters]
         return [
-            plan.pattern.unit_scores(magnitude(self._inputs(plan, name, weights, None, -1)))
+            self._unit_scores(plan, magnitude, self._inputs(plan, name, weights, None, -1))
             for name in self.masks.parameters
         ]
 
@@ -280,41 +276,56 @@ class MaskUpdater:
         weights: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor] | None,
         step: int,
-    ) -> Tensor:
+        owed: float,
+    ) -> tuple[Tensor, float]:
+        """Return the units after drop and regrowth, and how many weights later layers have to make up."""
         grow_score = self.method.grow_score
         total = count_kept(kept)
         count = int(self.drop_fraction_at(plan.name, step) * total)
         if grow_score is None or count == 0 or total == kept.numel():
-            return kept
+            return kept, owed
         inputs = self._inputs(plan, name, weights, gradients, step)
         if drop_scores is None:
-            drop_scores = plan.pattern.unit_scores(self.method.drop_score(inputs))
-        grow_scores = plan.pattern.unit_scores(grow_score(inputs))
-        return plan.pattern.regrow(kept, drop_scores, grow_scores, count, weights[name].shape)
+            drop_scores = self._unit_scores(plan, self.method.drop_score, inputs)
+        grow_scores = self._unit_scores(plan, grow_score, inputs)
+        after = plan.pattern.regrow(kept, drop_scores, grow_scores, count, weights[name].shape)
+        sizes = plan.pattern.unit_sizes(weights[name].shape)
+        if sizes is None:
+            return after, owed
+        wanted = weights_in(kept, sizes) + owed
+        after = level(after, sizes, drop_scores, wanted)
+        return after, wanted - weights_in(after, sizes)
 
+    def _owed(
+        self, plan: SubNetPlan, sparsity: float, selected: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    ) -> float:
+        """Return how many weights too few the chosen units hold, which only units of unequal size can make up."""
+        sizes = {name: plan.pattern.unit_sizes(weights[name].shape) for name in selected}
+        if all(unequal is None for unequal in sizes.values()):
+            return 0.0
+        held = 0.0
+        for name, kept in selected.items():
+            unequal = sizes[name]
+            if unequal is None:
+                held += count_kept(kept) * weights[name].numel() / kept.numel()
+            else:
+                held += weights_in(kept, unequal)
+        return nearest_count(self.masks.total(), sparsity) - held
 
-def build_plans(
-    config: ASTConfig, patterns: Mapping[str, Pattern], calendars: Sequence[MaskCalendar]
-) -> tuple[SubNetPlan, ...]:
-    """Return one plan a sub-net; a pattern that fixes the sparsity overrides the number given.
-
-    Args:
-        config: The run's settings.
-        patterns: Pattern by sub-net name.
-        calendars: One calendar a sub-net, in the order of the config.
-    """
-    plans = []
-    for spec, calendar in zip(config.sub_nets, calendars, strict=True):
-        fixed = patterns[spec.name].fixed_sparsity
-        plans.append(
-            SubNetPlan(
-                name=spec.name,
-                target_sparsity=spec.sparsity if fixed is None else fixed,
-                pattern=patterns[spec.name],
-                calendar=calendar,
+    def _unit_scores(self, plan: SubNetPlan, score: Score, inputs: ScoreInputs) -> Tensor:
+        scores = score(inputs)
+        if (
+            not isinstance(scores, Tensor)
+            or scores.shape != inputs.weight.shape
+            or not scores.is_floating_point()
+            or scores.device != inputs.weight.device
+        ):
+            found = f"{tuple(scores.shape)} {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise PluginError(
+                f"a score of method {self.method.name!r} returned {found}; it must return a floating-point tensor of "
+                f"the weight's shape {tuple(inputs.weight.shape)} on {inputs.weight.device}"
             )
-        )
-    return tuple(plans)
+        return plan.pattern.unit_scores(scores)
 
 
 def seeded_generator(seed: int, sub_net: str, step: int, parameter: str) -> torch.Generator:

@@ -21,13 +21,14 @@ from ast_plugin.methods import Method
 from ast_plugin.normalization import PrivateNormalization
 from ast_plugin.parameters import ParameterChoice
 from ast_plugin.parts import RunParts
+from ast_plugin.plans import build_plans
 from ast_plugin.plugins import PluginRegistry
 from ast_plugin.schedules import resolve_calendars
 from ast_plugin.slots import ParameterSlots
 from ast_plugin.statistics import Statistics
 from ast_plugin.sub_nets import SubNetSpec
 from ast_plugin.training import AlternatingSparseTraining
-from ast_plugin.updates import MaskUpdater, build_plans
+from ast_plugin.updates import MaskUpdater
 
 _HISTORY_POINTS = 50
 
@@ -138,13 +139,18 @@ def _innermost(optimizer: Any) -> torch.optim.Optimizer:
             break
         optimizer = inner
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise WrapError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        raise WrapError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; call "
+            "wrap(optimizer, model, ...)"
+        )
     return optimizer
 
 
 def _check_kind(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
-        raise WrapError(f"model must be a torch.nn.Module, got {type(model).__name__}; the optimizer comes first")
+        raise WrapError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}; call wrap(optimizer, model, ...)"
+        )
     for thing in (optimizer, model):
         if type(thing).__module__.partition(".")[0] == "deepspeed":
             raise WrapError(
@@ -194,6 +200,8 @@ def _build(
     distribution = _distribution(config, names, [choice.name for choice in prunable], registry, method)
     updater = MaskUpdater(config, plans, method=method, distribution=distribution, masks=masks)
     normalization = PrivateNormalization(model, names, default, enabled=config.private_normalization)
+    _check_private_in_optimizer(optimizer, model, normalization.parameter_names)
+    normalization.adopt_optimizer_state(optimizer)
     window = (config.total_steps or 50 * _HISTORY_POINTS) // _HISTORY_POINTS
     return RunParts(
         config=config,
@@ -231,6 +239,17 @@ def _check_in_optimizer(
             "the optimizer from this model's parameters (after moving or converting it), freeze them, or name them in "
             "exclude"
         )
+
+
+def _check_private_in_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, private: Sequence[str]) -> None:
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name in private:
+        parameter = model.get_parameter(name)
+        if parameter.requires_grad and id(parameter) not in trained:
+            raise SelectionError(
+                f"the optimizer does not train {name!r}, a BatchNorm parameter that every sub-net has its own of; "
+                "train it with this optimizer, freeze it, or share BatchNorm with private_normalization=False"
+            )
 
 
 def _distribution(

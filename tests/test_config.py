@@ -7,6 +7,7 @@ import io
 import json
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -99,6 +100,36 @@ def test_a_bare_correction_name_stands_for_its_options() -> None:
     assert ASTConfig(sparsities=(0.9,), correction="global").correction_options == CorrectionOptions(scope="global")
     with pytest.raises(ConfigError, match=r"correction\.first_step must be True or False"):
         CorrectionOptions(first_step="yes")  # type: ignore[arg-type]  # what a careless caller passes
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), "100", 0.5])
+def test_total_steps_that_are_no_number_of_steps_are_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match="total_steps must be a positive number of optimizer steps"):
+        ASTConfig(sparsities=(0.9,), total_steps=value)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    config = ASTConfig(
+        sparsities=(numpy.float32(0.9),), total_steps=numpy.int64(100), end_step=numpy.float64(0.5), seed=numpy.int64(3)
+    )
+    assert json.loads(json.dumps(config.to_dict()))["end_step"] == 0.5
+    assert (type(config.total_steps), type(config.end_step), type(config.seed)) == (int, float, int)
+    assert config.sub_nets[0].name == "s90"
+
+
+def test_misspelt_parts_of_nested_settings_are_named() -> None:
+    with pytest.raises(ConfigError, match="unknown setting 'sparsty' in sparsities: did you mean 'sparsity'"):
+        ASTConfig.from_dict({"sparsities": [{"name": "a", "sparsty": 0.5}]})
+    with pytest.raises(ConfigError, match="sparsities lacks sparsity"):
+        ASTConfig.from_dict({"sparsities": [{"name": "a"}]})
+    with pytest.raises(ConfigError, match="unknown setting 'scoop' in correction: did you mean 'scope'"):
+        ASTConfig.from_dict({"sparsities": (0.5,), "correction": {"scoop": "layer"}})
+    with pytest.raises(ConfigError, match="default_sub_net names no sub-net of this run: 5"):
+        ASTConfig(sparsities=(0.5,), default_sub_net=5)  # type: ignore[arg-type]  # a careless caller
+    with pytest.raises(ConfigError, match="pattern of sub-net 'a' must be a name"):
+        SubNetSpec(name="a", sparsity=0.5, pattern=3)  # type: ignore[arg-type]  # a careless caller
+    with pytest.raises(ConfigError, match="got the key 3"):
+        ASTConfig(sparsities=(0.5,), distribution={3: 0.5})  # type: ignore[dict-item]  # a careless caller
 
 
 def test_a_drop_fraction_below_the_default_end_is_not_raised_to_it() -> None:

@@ -163,6 +163,14 @@ def test_a_writer_that_makes_no_file_is_an_error(tmp_path: Path) -> None:
         atomic_write(tmp_path / "a.bin", lambda _: None)
 
 
+def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(SaveError, match="it is no regular file; give the path of a file"):
+        atomic_write_text(pipe, "text")
+    assert pipe.is_fifo()
+
+
 def test_a_new_file_gets_the_permissions_of_any_new_file(tmp_path: Path) -> None:
     def private(temporary: Path) -> None:
         temporary.touch(mode=0o600)

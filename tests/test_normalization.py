@@ -61,6 +61,34 @@ def test_optimizer_state_goes_with_the_sub_net() -> None:
     assert torch.equal(optimizer.state[weight]["momentum_buffer"], torch.full((8,), 5.0))
 
 
+def test_parameters_and_statistics_that_two_norms_share_are_kept_once() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    model[1].weight = model[0].weight
+    model[1].running_mean = model[0].running_mean
+    private = PrivateNormalization(model, ("a", "b"), "a")
+    assert "1.weight" not in private.names
+    assert "1.running_mean" not in private.names
+    with torch.no_grad():
+        model[0].weight.fill_(2.0)
+    private.carry("b")
+    assert model[1].weight.tolist() == [1.0, 1.0]
+    private.carry("a")
+    assert model[1].weight.tolist() == [2.0, 2.0]
+
+
+def test_state_that_an_optimizer_makes_when_constructed_is_there_for_every_sub_net() -> None:
+    model = conv_net()
+    optimizer = sgd(model)
+    weight = model.norm0.weight
+    optimizer.state[weight]["sum"] = torch.full((8,), 0.1)
+    private = PrivateNormalization(model, ("a", "b"), "a")
+    private.adopt_optimizer_state(optimizer)
+    private.carry_optimizer_state(optimizer, leaving="a", coming="b")
+    optimizer.state[weight]["sum"].add_(1.0)
+    private.carry_optimizer_state(optimizer, leaving="b", coming="a")
+    assert optimizer.state[weight]["sum"].tolist() == [pytest.approx(0.1)] * 8
+
+
 def test_a_fused_optimizer_gets_zeroed_state_instead_of_none() -> None:
     model = conv_net()
     optimizer = sgd(model, fused=True)

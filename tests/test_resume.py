@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,63 @@ def test_a_state_of_another_model_or_format_is_refused() -> None:
         other.load_state_dict(state)
     with pytest.raises(ast_plugin.StateError, match="format 2, this version reads 1"):
         ast.load_state_dict({**state, "format": 2})
+
+
+def test_a_damaged_state_changes_nothing() -> None:
+    model, optimizer, ast = wrapped()
+    train(model, optimizer, range(20))
+    good = through_disk(ast.state_dict())
+    masks = {name: {p: m.clone() for p, m in ast.masks.of(name).items()} for name in ast.sub_nets}
+
+    def damaged(change: Callable[[Any], Any]) -> Any:
+        state = copy.deepcopy(good)
+        change(state)
+        for packed in state.get("masks", {}).get("s50", {}).values():
+            packed.bitwise_not_()  # what a half-done restore would leave behind
+        return state
+
+    cases: list[tuple[Callable[[Any], Any], str]] = [
+        (lambda s: s["masks"]["s90"].pop("conv1.weight"), "conv1.weight"),
+        (lambda s: s.pop("normalization"), "damaged or none of this package.*normalization"),
+        (lambda s: s.pop("statistics"), "damaged or none of this package.*statistics"),
+        (lambda s: s["reference"]["gradients"].update(nope=torch.ones(2)), "reference gradient 'nope'"),
+        (
+            lambda s: s["normalization"]["tensors"]["s90"].update({"norm0.weight": torch.ones(3)}),
+            r"private BatchNorm tensor 'norm0.weight' of shape \(3,\), this run has \(8,\)",
+        ),
+    ]
+    for change, message in cases:
+        with pytest.raises(ast_plugin.StateError, match=message):
+            ast.load_state_dict(damaged(change))
+        assert ast.step == 20
+        for name in ast.sub_nets:
+            assert_same(masks[name], ast.masks.of(name))
+    for nothing in ({"format": 1}, 3):
+        with pytest.raises(ast_plugin.StateError, match="damaged or none of this package"):
+            ast.load_state_dict(nothing)  # type: ignore[arg-type]  # what a wrong file may hold
+
+
+def test_an_optimizer_state_that_torch_refuses_does_not_move_the_run() -> None:
+    model, optimizer, _ = wrapped()
+    train(model, optimizer, range(9))
+    state = optimizer.state_dict()
+    other = conv_net()
+    groups = [{"params": [p]} for p in other.parameters()]
+    other_optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    _, _, other_ast = wrapped(other, other_optimizer)
+    with pytest.raises(ValueError, match="param"):
+        other_optimizer.load_state_dict(state)
+    assert other_ast.step == 0
+
+
+def test_going_on_with_other_settings_is_pointed_out() -> None:
+    model, optimizer, _ = wrapped()
+    train(model, optimizer, range(9))
+    other, other_optimizer, other_ast = wrapped(total_steps=90, inactive="freeze")
+    other.load_state_dict(model.state_dict())
+    with pytest.warns(UserWarning, match=r"total_steps=90 \(saved: 60\), inactive='freeze' \(saved: 'coast'\)"):
+        other_optimizer.load_state_dict(optimizer.state_dict())
+    assert other_ast.step == 9
 
 
 def test_the_state_is_a_copy_that_later_training_does_not_change() -> None:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ast_plugin.config import ASTConfig
-from ast_plugin.errors import ConfigError
+from ast_plugin.errors import ConfigError, PluginError
 from ast_plugin.masks import MaskStore
 from ast_plugin.methods import BUILT_IN_METHODS, GMP, GRANET, RIGL, SET, STATIC, Method
+from ast_plugin.plans import build_plans
 from ast_plugin.plugins import PluginRegistry
 from ast_plugin.schedules import resolve_calendars
-from ast_plugin.updates import MaskUpdater, build_plans, seeded_generator
+from ast_plugin.updates import MaskUpdater, seeded_generator
 
 
 def updater(method: Method, weights: dict[str, Tensor], **options: Any) -> MaskUpdater:
@@ -181,3 +182,33 @@ def test_seeded_generators_differ_by_every_argument() -> None:
     ]
     drawn = {float(torch.rand((), generator=seeded_generator(*a))) for a in arguments}
     assert len(drawn) == len(arguments)
+
+
+@pytest.mark.parametrize("method", [SET, RIGL, GMP, GRANET], ids=lambda m: m.name)
+@pytest.mark.parametrize("distribution", ["uniform", "erk", "global"])
+@pytest.mark.parametrize("pattern", ["4x4", "8x8", "32x1"])
+def test_blocks_cut_off_at_an_edge_do_not_bend_the_sparsity(method: Method, distribution: str, pattern: str) -> None:
+    shapes = {"a": (64, 33), "b": (100, 64), "c": (33, 100), "d": (10, 33)}
+    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+    made = updater(
+        method, weights, sparsities=(0.6, 0.9), pattern=pattern, distribution=distribution, update_interval=1
+    )
+    rows, columns = (int(size) for size in pattern.split("x"))
+    for step in range(11):
+        gradients = {name: torch.randn_like(w) for name, w in weights.items()}
+        for plan in made.plans.values():
+            made.update(plan.name, step, weights, gradients)
+            wanted = (1 - made.sparsity_at(plan.name, step)) * made.masks.total()
+            assert abs(made.masks.kept(plan.name) - wanted) <= rows * columns, (plan.name, step)
+
+
+@pytest.mark.parametrize(
+    "score",
+    [lambda i: None, lambda i: i.weight.numpy(), lambda i: i.weight[:1], lambda i: i.weight > 0],
+    ids=["none", "numpy", "shape", "bool"],
+)
+def test_a_score_that_is_no_score_names_the_method(score: Any) -> None:
+    method = Method(name="odd", description="returns rubbish", drop_score=score, reselect=True, initial_sparsity=0.0)
+    made = updater(method, EIGHT, distribution="uniform")
+    with pytest.raises(PluginError, match="a score of method 'odd' returned"):
+        made.update("s50", 10, EIGHT, None)

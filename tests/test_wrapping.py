@@ -111,11 +111,35 @@ def test_a_model_or_optimizer_is_wrapped_once_until_detached() -> None:
     assert ast_plugin.wrap(sgd(model), model, sparsities=(0.9,), total_steps=100).attached
 
 
+def test_a_part_of_a_wrapped_model_or_another_container_of_its_layers_is_refused() -> None:
+    model, _, _ = wrapped()
+    part = nn.Sequential(model.conv1, model.conv2)
+    for other in (part, nn.Sequential(nn.Identity(), model.head), model.conv1):
+        with pytest.raises(ast_plugin.WrapError, match="the model is wrapped already"):
+            ast_plugin.wrap(sgd(other), other, sparsities=(0.5,), total_steps=100)
+
+
+def test_batch_norm_trained_by_another_optimizer_is_refused_unless_shared_or_frozen() -> None:
+    def split(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for n, p in model.named_parameters() if "norm" not in n], lr=0.1)
+
+    model = conv_net()
+    with pytest.raises(ast_plugin.SelectionError, match=r"'norm0\.weight', a BatchNorm.*private_normalization=False"):
+        ast_plugin.wrap(split(model), model, sparsities=(0.5, 0.9), total_steps=100)
+    ast_plugin.wrap(split(model), model, sparsities=(0.5, 0.9), total_steps=100, private_normalization=False).detach()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" not in name)
+    assert ast_plugin.wrap(split(model), model, sparsities=(0.5, 0.9), total_steps=100).attached
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (lambda m: (m, m), "optimizer must be a torch.optim.Optimizer, got ConvNet"),
-        (lambda m: (sgd(m), list(m.parameters())), "model must be a torch.nn.Module, got list"),
+        (lambda m: (m, m), r"optimizer must be a torch\.optim\.Optimizer, got ConvNet; call wrap\(optimizer, model"),
+        (
+            lambda m: (sgd(m), list(m.parameters())),
+            r"model must be a torch\.nn\.Module, got list; call wrap",
+        ),
     ],
 )
 def test_things_that_are_no_model_or_optimizer_are_refused(arguments: Any, message: str) -> None:

@@ -1,0 +1,148 @@
+"""What happens at each event of the training loop: which sub-net is on the model, and when it is dense."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ast_plugin.errors import ActivationError
+from ast_plugin.parts import RunParts
+from ast_plugin.step import TrainingStep
+from ast_plugin.training_state import KEY, RunState
+
+
+class RunEvents:
+    """Answers the hooks of `ast_plugin.attachment` for one run.
+
+    Args:
+        parts: The run's components.
+        step: Its optimizer steps.
+        state: What travels in the optimizer's state dict.
+    """
+
+    def __init__(self, parts: RunParts, step: TrainingStep, state: RunState) -> None:
+        self._parts = parts
+        self._step = step
+        self._state = state
+        self._chosen: list[str] = []
+        self._passing = False
+
+    @property
+    def chosen(self) -> str | None:
+        """The sub-net that the user chose last, None outside of `choose`."""
+        return self._chosen[-1] if self._chosen else None
+
+    @contextlib.contextmanager
+    def choose(self, name: str) -> Iterator[None]:
+        """Put a sub-net on for the length of a block; the one before is back on afterwards."""
+        self._chosen.append(name)
+        try:
+            self._parts.activation.put_on(name)
+            yield
+        finally:
+            self._chosen.pop()
+            self._put_chosen_on()
+
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Have the model dense with the default's BatchNorm state for a moment, also inside `choose`."""
+        self._step.settle()
+        try:
+            yield
+        finally:
+            if self._chosen:
+                self._put_chosen_on()
+
+    def before_forward(self) -> None:
+        """Put on the scheduled sub-net in training, the default one otherwise, unless one was chosen."""
+        if self._chosen:
+            return
+        self._step.mend()
+        if self._is_training():
+            self._step.begin()
+            self._parts.activation.put_on(self._step.scheduled)
+        else:
+            self._passing = self._parts.activation.worn != self._parts.default
+            self._parts.activation.put_on(self._parts.default)
+
+    def after_forward(self, raised: bool) -> bool:
+        """Keep the sub-net on for backward after a training forward; take it off otherwise."""
+        if self._chosen:
+            return False
+        if raised or self._passing:
+            self._passing = False
+            self._parts.activation.take_off()
+            return False
+        return self._is_training()
+
+    def after_backward(self) -> None:
+        """Make the model dense again."""
+        if not self._chosen:
+            self._parts.activation.take_off()
+
+    def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Update masks and correct gradients now, or after a closure has run its own forward and backward."""
+        if self._chosen:
+            raise ActivationError(
+                f"optimizer.step() was called inside `with sub_net({self.chosen!r})`; leave the block before training "
+                "goes on"
+            )
+        self._parts.activation.take_off()
+        # args holds the optimizer itself first.
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._step.prepare()
+            return None
+        prepared = self._step.around(closure)
+        if len(args) > 1:
+            return (args[0], prepared, *args[2:]), kwargs
+        return args, {**kwargs, "closure": prepared}
+
+    def after_step(self) -> None:
+        """Settle what the step left behind and schedule the next sub-net."""
+        self._step.finish()
+
+    def before_state_access(self) -> None:
+        """Make the model dense, unless the user chose a sub-net to look at."""
+        if not self._chosen:
+            self._step.settle()
+
+    def before_load(self) -> None:
+        """Make the model dense; inside a block, what is loaded would be lost at its end."""
+        if self._chosen:
+            raise ActivationError(
+                f"a state dict is being loaded inside `with sub_net({self.chosen!r})`, at whose end the earlier "
+                "weights come back; leave the block first"
+            )
+        self._step.settle()
+
+    def add_state(self, state_dict: dict[str, Any]) -> None:
+        """Put the run's state into the optimizer's state dict."""
+        with self.at_rest():
+            state_dict[KEY] = self._state.collect()
+
+    def take_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Take the run's state out of an optimizer's state dict; one without is taken as it is."""
+        self.before_load()
+        if KEY not in state_dict:
+            return state_dict
+        if self._fits_optimizer(state_dict):
+            self._state.restore(state_dict[KEY])
+        return {key: value for key, value in state_dict.items() if key != KEY}
+
+    def _fits_optimizer(self, state_dict: dict[str, Any]) -> bool:
+        """Return whether torch will accept the state dict; if not, it raises right after, and the run must not move."""
+        saved = [len(group["params"]) for group in state_dict.get("param_groups", ())]
+        return saved == [len(group["params"]) for group in self._parts.optimizer.param_groups]
+
+    def _is_training(self) -> bool:
+        return self._parts.model.training and torch.is_grad_enabled()
+
+    def _put_chosen_on(self) -> None:
+        if self._chosen:
+            self._parts.activation.put_on(self._chosen[-1])
+        else:
+            self._parts.activation.take_off()
