@@ -10,6 +10,7 @@ import bisect
 import dataclasses
 import fnmatch
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
@@ -228,6 +229,8 @@ def kept_units(request: DistributionRequest, sparsities: Sequence[float], *, all
 
 
 def _check_sparsities(request: DistributionRequest, sparsities: Sequence[float]) -> None:
+    if not isinstance(sparsities, Sequence) or not all(isinstance(s, numbers.Real) for s in sparsities):
+        raise ConfigError(f"distribution gave {sparsities!r}; it must give a list of one sparsity a layer")
     if len(sparsities) != len(request.layers):
         raise ConfigError(
             f"distribution gave {len(sparsities)} sparsities for {len(request.layers)} layers; it must give one a layer"

@@ -216,6 +216,10 @@ class PluginRegistry:
         )
         if not isinstance(found, Correction):
             raise self._bad_answer(hook, f"a Correction or None, not {found!r}")
+        if not 0 <= found.conflicts <= found.checks == len(found.cosines) or not all(
+            -1.001 <= cosine <= 1.001 for cosine in found.cosines
+        ):
+            raise self._bad_answer(hook, f"no more conflicts than checks, and a cosine in [-1, 1] a check, not {found}")
         return found
 
     def extends(self, hook: str) -> bool:

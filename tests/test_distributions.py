@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -263,3 +264,13 @@ def test_explicit_sparsities_above_the_sub_nets_own():
 def test_explicit_sparsities_out_of_range_are_refused(value):
     with pytest.raises(ConfigError, match=r"distribution\['a'\] must hold fractions of zeros in \[0, 1\)"):
         ExplicitDistribution({"a": value})
+
+
+@pytest.mark.parametrize("answer", [None, ["0.5"], (x for x in [0.5]), 0.5])
+def test_an_answer_that_is_no_list_of_sparsities_is_refused(answer: Any) -> None:
+    layer = LayerRequest(name="w", shape=(4, 4), units=16)
+    request = DistributionRequest(
+        layers=(layer,), sparsity=0.5, target_sparsity=0.5, sub_net="s50", unit_scores=lambda: []
+    )
+    with pytest.raises(ConfigError, match="it must give a list of one sparsity a layer"):
+        kept_units(request, answer, allow_empty_layers=False)

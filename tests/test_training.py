@@ -613,6 +613,27 @@ def test_a_scaler_skip_with_gradients_cleared_after_forward_leaves_nothing_for_g
     assert_same(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize(
+    "found",
+    [
+        Correction(checks=1, conflicts=2, cosines=[0.0]),
+        Correction(checks=1, conflicts=0, cosines=[0.5, 0.5]),
+        Correction(checks=1, conflicts=0, cosines=[float("nan")]),
+    ],
+    ids=["conflicts", "cosines", "nan"],
+)
+def test_figures_of_a_correction_that_cannot_be_are_refused(found: Correction) -> None:
+    class Wrong:
+        @ast_plugin.hookimpl
+        def ast_correct_gradients(self) -> Correction:
+            return found
+
+    model, optimizer, _ = wrapped(plugins=[Wrong()])
+    train_step(model, optimizer, image_batch(0))
+    with pytest.raises(ast_plugin.PluginError, match="no more conflicts than checks"):
+        train_step(model, optimizer, image_batch(1))
+
+
 def test_detaching_inside_a_sub_net_block_is_refused() -> None:
     _, _, ast = wrapped()
     with ast.sub_net("s80"):
