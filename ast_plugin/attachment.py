@@ -58,11 +58,14 @@ class Attachment:
 
     Args:
         model: The outermost module that the training loop calls.
+        bare: The module inside its wrappers, whose state dict may be asked for; `model` where there are none.
         optimizer: The torch optimizer whose ``step`` really runs.
         events: Who is told.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, events: TrainingEvents) -> None:
+    def __init__(
+        self, model: nn.Module, bare: nn.Module, optimizer: torch.optim.Optimizer, events: TrainingEvents
+    ) -> None:
         self._model = model
         self._events = events
         self._reported = True
@@ -70,14 +73,18 @@ class Attachment:
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(hook(_uncompiled(self._before_forward)), prepend=True),
             model.register_forward_hook(hook(_uncompiled(self._after_forward)), always_call=True),
-            model.register_state_dict_pre_hook(hook(self._before_state_access)),
-            model.register_load_state_dict_pre_hook(hook(self._before_load)),
             optimizer.register_step_pre_hook(lambda _, args, kwargs: events.before_step(args, kwargs)),
             optimizer.register_step_post_hook(lambda *_: events.after_step()),
             optimizer.register_state_dict_pre_hook(lambda _: events.before_state_access()),
             optimizer.register_state_dict_post_hook(lambda _, state: events.add_state(state)),
             optimizer.register_load_state_dict_pre_hook(lambda _, state: events.take_state(state)),
         ]
+        for module in {model, bare}:
+            self._handles += [
+                module.register_state_dict_pre_hook(hook(self._before_state_access)),
+                module.register_load_state_dict_pre_hook(hook(self._before_load)),
+            ]
+        self._stateful = (model, bare)
         self._claimed = (optimizer, *model.modules())
         _attached.update(self._claimed)
 
@@ -99,11 +106,11 @@ class Attachment:
             self._report_end_of_backward(output)
 
     def _before_state_access(self, module: nn.Module, *_: Any) -> None:
-        if module is self._model:
+        if module in self._stateful:
             self._events.before_state_access()
 
     def _before_load(self, module: nn.Module, *_: Any) -> None:
-        if module is self._model:
+        if module in self._stateful:
             self._events.before_load()
 
     def _report_end_of_backward(self, output: Any) -> None:

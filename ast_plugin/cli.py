@@ -89,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
         code: int = args.run(args)
-        sys.stdout.flush()  # here, so that a reader who has gone is noticed while it can be handled
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()  # here, so that a reader who has gone is noticed while it can be handled
         return code
     except SystemExit as error:  # argparse has printed the help or the error already
         return error.code if isinstance(error.code, int) else USAGE

@@ -10,7 +10,7 @@ from typing import Any
 
 from ast_plugin.elastic_contents import ElasticContents
 from ast_plugin.elastic_file import read_elastic
-from ast_plugin.errors import StateError
+from ast_plugin.errors import ConfigError, StateError
 from ast_plugin.export import export_state_dict
 from ast_plugin.report import Report
 from ast_plugin.report_format import clean, count, decimals, grouped, percent, shape
@@ -89,10 +89,12 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def run_report(args: argparse.Namespace) -> int:
     """Print the report of a run, and write its page if asked to."""
+    if args.html is not None:
+        _check_other_file("--html", args.html, args.file)
     if args.file.suffix == ".json":
         try:
             values = json.loads(args.file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StateError(
                 f"{str(args.file)!r} is no JSON: {error}; give a report.json, or an elastic file"
             ) from error
@@ -113,6 +115,7 @@ def run_report(args: argparse.Namespace) -> int:
 def run_export(args: argparse.Namespace) -> int:
     """Write one sub-net as a state dict."""
     contents = read_elastic(args.file)
+    _check_other_file("--to", args.to, args.file)
     export_state_dict(contents, args.sub_net, args.to)
     kept, total = contents.records[args.sub_net].kept, contents.records[args.sub_net].total
     print(
@@ -120,11 +123,19 @@ def run_export(args: argparse.Namespace) -> int:
         "the rest zeros.\nLoad it, without this package:"
     )
     file = json.dumps(str(args.to), ensure_ascii=False)
-    if args.to.suffix == ".pt":
+    if args.to.suffix.lower() == ".pt":
         print(f"  model.load_state_dict(torch.load({file}, weights_only=True))")
     else:
         print(f"  model.load_state_dict(safetensors.torch.load_file({file}))")
     return 0
+
+
+def _check_other_file(option: str, path: Path, source: Path) -> None:
+    """Refuse to write over the file that is being read."""
+    if path.exists() and source.exists() and path.samefile(source):
+        raise ConfigError(
+            f"{option} {str(path)!r} is the file that is read; give another path, it would be overwritten"
+        )
 
 
 def _command(

@@ -18,6 +18,7 @@ from ast_plugin.sub_nets import SubNetSpec, checked_sparsity, is_n_of_m, is_numb
 Moment = int | float
 LayerSparsity = float | Mapping[str, float]
 
+_SEEDS = 1 << 63  # what torch's generators take
 _INACTIVE = ("coast", "freeze")
 _SCOPES = ("layer", "global", "off")
 _DROP_SCHEDULES = ("cosine", "constant")
@@ -149,6 +150,8 @@ class ASTConfig:
         freeze(self, "update_interval", _moment("update_interval", self.update_interval, zero=False))
         if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
             raise ConfigError(f"seed must be an int, got {self.seed!r}")
+        if not 0 <= self.seed < _SEEDS:
+            raise ConfigError(f"seed must lie in [0, 2**63), got {self.seed!r}")
         freeze(self, "seed", int(self.seed))
         names = [spec.name for spec in self.sub_nets]
         if self.default_sub_net is not None and self.default_sub_net not in names:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shlex
@@ -32,7 +33,6 @@ from ast_plugin.report import Report
 
 DEFAULT_OUTPUT = Path("demo-run")
 CHECKPOINT = "checkpoint.pt"
-SET_ASIDE = "checkpoint-before.pt"
 ELASTIC = "elastic.safetensors"
 PAGE = "report.html"
 NUMBERS = "report.json"
@@ -197,14 +197,24 @@ def _set_aside_unfinished(state: Path, out: TextIO) -> None:
         return
     with contextlib.suppress(StateError):
         found = read_state(state)
-        if 0 < found["step"] < found["settings"]["steps"]:
-            aside = state.with_name(SET_ASIDE)
+        evaluated = state.with_name(NUMBERS).exists()
+        if 0 < found["step"] < found["settings"]["steps"] or (found["step"] and not evaluated):
+            aside = _unused(state)
             os.replace(state, aside)
             print(
                 f"The run that stopped here after step {found['step']} of {found['settings']['steps']} is kept as "
                 f"{aside}; --resume would have gone on with it.",
                 file=out,
             )
+
+
+def _unused(state: Path) -> Path:
+    """Return a name beside `state` that no earlier run was set aside under."""
+    return next(
+        path
+        for number in itertools.count(1)
+        if not (path := state.with_name(f"{state.stem}-before-{number}{state.suffix}")).exists()
+    )
 
 
 def _introduction(run: DemoRun) -> str:

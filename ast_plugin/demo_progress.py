@@ -53,7 +53,7 @@ class Progress(AbstractContextManager["Progress"]):
             loss: Its loss.
             sparsities: Sub-net name -> sparsity of its masks now.
         """
-        if step < self._steps and step * _PLAIN_LINES // self._steps == (step - 1) * _PLAIN_LINES // self._steps:
+        if step < self._steps and not self._is_due(step):
             return
         width = len(str(self._steps))
         shown = "  ".join(
@@ -62,6 +62,15 @@ class Progress(AbstractContextManager["Progress"]):
         line = f"step {step:>{width}}/{self._steps}  loss {float(loss):.3f}  zeros: {shown}"
         left = seconds_left(self._left(step))
         print(f"{line}  {left}" if left else line, file=self._out, flush=True)
+
+    def _is_due(self, step: int) -> bool:
+        sub_nets = len(self._targets)
+        # Sub-nets take turns, and a tenth of the steps may be a whole number of turns: the points move on by one each,
+        # so that not every line shows the same sub-net.
+        turn = sub_nets if self._steps >= 2 * _PLAIN_LINES * sub_nets else 1
+        return any(
+            step == -(-self._steps * line // _PLAIN_LINES) + (line - 1) % turn for line in range(1, _PLAIN_LINES)
+        )
 
     def _left(self, step: int) -> float:
         sitting = step - self._done

@@ -184,8 +184,10 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, EOFError, KeyError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise StateError(f"the state in {str(path)!r} cannot be read: {reason}; start anew without --resume") from error
+        # torch's own words advise to execute what is in the file.
+        raise StateError(
+            f"{str(path)!r} cannot be read: it is damaged, or no state of a demo run; start anew without --resume"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise StateError(f"{str(path)!r} is no state of a demo run; start anew without --resume")
     if state.get("version") != _FORMAT_VERSION:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -30,6 +31,9 @@ from ast_plugin.elastic_contents import ElasticContents
 from ast_plugin.elastic_file import read_elastic
 from ast_plugin.elastic_fit import ModelTensors, check_fit, file_names
 from ast_plugin.errors import ActivationError, ConfigError, WrapError, near_names
+
+# The token of the last Elastic of each model: two would take each other's tensors for the model's own.
+_current: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> Elastic:
@@ -63,8 +67,9 @@ class Elastic:
 
     The tensors of the active sub-net are the model's own: what changes the model in place (an optimizer, BatchNorm in
     training mode, ``load_state_dict``) changes that sub-net, and in tensors that all share, such as biases, all of
-    them. ``model.to(...)`` may be used; the other sub-nets follow at the next switch. A switch concerns the model,
-    hence every thread that uses it: do not switch during a forward pass, nor between one and its backward pass.
+    them. Nothing holds the zeros in place then: a sub-net that is trained on as an ordinary model becomes dense.
+    ``model.to(...)`` may be used; the other sub-nets follow at the next switch. A switch concerns the model, hence
+    every thread that uses it: do not switch during a forward pass, nor between one and its backward pass.
 
     Args:
         model: The model as the caller uses it.
@@ -104,6 +109,8 @@ class Elastic:
         self._slots = [tensors.slot(name) for name in self._swapped]
         self._addresses = {sub_net: [tensor.data_ptr() for tensor in own] for sub_net, own in self._own.items()}
         self._install(self._own[self._active])
+        self._token = object()
+        _current[model] = self._token
 
     @property
     def active(self) -> str:
@@ -120,10 +127,11 @@ class Elastic:
 
         Raises:
             ConfigError: If there is no such sub-net; the message offers the near names.
-            ActivationError: If tensors of the model were taken away or reshaped since it was loaded. Nothing has
-                changed then.
+            ActivationError: If tensors of the model were taken away or reshaped since it was loaded, another file was
+                loaded into it, or it is being trained by `ast_plugin.wrap`. Nothing has changed then.
         """
         self._check_sub_net(name)
+        self._check_current()
         if name == self._active:
             return
         self._follow_model()
@@ -169,9 +177,10 @@ class Elastic:
 
         Raises:
             ConfigError: If there is no such sub-net.
-            ActivationError: If tensors of the model were taken away or reshaped since it was loaded.
+            ActivationError: As for `switch`.
         """
         self._check_sub_net(name)
+        self._check_current()
         self._follow_model()
         own = dict(zip(self._swapped, self._own[name], strict=True))
         with torch.inference_mode(False), torch.no_grad():
@@ -184,6 +193,18 @@ class Elastic:
     def _check_sub_net(self, name: str) -> None:
         if name not in self._own:
             raise ConfigError(f"unknown sub-net {name!r}: {near_names(str(name), self.sub_nets)}")
+
+    def _check_current(self) -> None:
+        if _current.setdefault(self.model, self._token) is not self._token:  # a copied model has no owner yet
+            raise ActivationError(
+                f"another elastic file was loaded into this model after {self.path!r}; use what that load returned, or "
+                "load this file again"
+            )
+        if is_attached(self.model):
+            raise ActivationError(
+                "the model is wrapped for training now, and its controller masks the weights itself; call detach() on "
+                "the controller and load the file again"
+            )
 
     def _install(self, own: list[Tensor]) -> None:
         for (slots, attribute), tensor in zip(self._slots, own, strict=True):

@@ -11,24 +11,9 @@ from torch.nn.parameter import is_lazy
 
 from ast_plugin.elastic_contents import ElasticContents, StoredTensor
 from ast_plugin.errors import ActivationError, ElasticFileError
+from ast_plugin.slots import bare_model, plain_name
 
 _SHOWN = 3  # differences of one kind that a message lists
-
-
-def plain_name(name: str) -> str:
-    """Return the name that a tensor has when no part of the model is compiled."""
-    return name.replace("_orig_mod.", "")
-
-
-def bare_model(model: nn.Module) -> nn.Module:
-    """Return the module that the caller built, inside wrappers for compilation and data-parallel use."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 class ModelTensors(Mapping[str, Tensor]):

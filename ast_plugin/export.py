@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ast_plugin.elastic_fit import bare_model, plain_name
 from ast_plugin.errors import ConfigError, ElasticFileError, missing_extra
 from ast_plugin.files import atomic_write
+from ast_plugin.slots import bare_model, plain_name
 
 _SUFFIXES = (".safetensors", ".pt")
 _ONNX_PACKAGES = ("onnx", "onnxscript")
@@ -59,7 +59,7 @@ def export_state_dict(source: SubNetSource, name: str, path: str | os.PathLike[s
         ConfigError: If the suffix is another one, or there is no such sub-net.
         SaveError: If the file cannot be written; what stood at `path` is untouched.
     """
-    suffix = Path(path).suffix
+    suffix = Path(path).suffix.lower()
     if suffix not in _SUFFIXES:
         raise ConfigError(
             f"path must end in .safetensors or .pt, got {os.fspath(path)!r}; the suffix chooses the format"

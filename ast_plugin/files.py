@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +29,8 @@ _REMEDIES = {
     errno.EISDIR: "the path is a folder; add a file name",
     errno.ENAMETOOLONG: "give a shorter name",
 }
+
+_FULL = 1 << 20  # bytes: a disk with less room than this is taken for full when a writer fails
 
 
 def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
@@ -119,11 +123,26 @@ def _flush_folder(folder: Path) -> None:
 
 def _explain(path: str | os.PathLike[str], error: Exception, target: Path) -> str:
     reason = str(error) or type(error).__name__
-    remedy = "see the error above for the cause, or give another path"
-    if isinstance(error, OSError) and error.errno is not None:
-        reason = os.strerror(error.errno)
-        remedy = _REMEDIES.get(error.errno, remedy)
+    remedy = "check the folder and the space left, or give another path"
+    number = _errno_of(error, target)
+    if number is not None:
+        reason = os.strerror(number)
+        remedy = _REMEDIES.get(number, remedy)
     with contextlib.suppress(OSError):
         if target.exists():
             remedy += "; the file that stood there before is unchanged"
     return f"cannot write {os.fspath(path)!r}: {reason}; {remedy}"
+
+
+def _errno_of(error: Exception, target: Path) -> int | None:
+    """Return the system's error number, also where a writer in another language hides it in a text."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"os error (\d+)", str(error))
+    if told:
+        return int(told[1])
+    with contextlib.suppress(OSError):
+        # torch's writer tells only that it got stuck somewhere.
+        if isinstance(error, RuntimeError) and shutil.disk_usage(target.parent).free < _FULL:
+            return errno.ENOSPC
+    return None

@@ -32,6 +32,7 @@ class RunParts:
         names: Names of the sub-nets, in training order.
         default: The sub-net that evaluation uses when none is chosen.
         model: The outermost module that the training loop calls.
+        bare: The module inside wrappers for compilation and data-parallel use, which names the parameters.
         optimizer: The torch optimizer whose step really runs.
         registry: Plugins, the built-ins among them.
         choices: All parameters, prunable or not, with the reason.
@@ -53,6 +54,7 @@ class RunParts:
     names: tuple[str, ...]
     default: str
     model: nn.Module
+    bare: nn.Module
     optimizer: torch.optim.Optimizer
     registry: PluginRegistry
     choices: tuple[ParameterChoice, ...]

@@ -167,7 +167,7 @@ def _gradients(report: Report) -> str:
         return section(heading, muted("Gradient correction was off." if off else "No gradient check is on record."))
     silent = [net.name for net in report.sub_nets if not net.checks]
     without = f" Not checked: {', '.join(map(escaped, silent))}." if silent else ""
-    if report.settings.get("alternation") == "alternating" and silent == [report.sub_nets[0].name]:
+    if report.settings.get("alternation") == "alternating" and silent == [net.name for net in report.sub_nets[:1]]:
         without = f"{without[:-1]}, the first of every group."
     caption = (
         "Share of the checks in which a sub-net's gradient opposed that of the sub-net trained before it. "

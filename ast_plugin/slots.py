@@ -51,3 +51,19 @@ class ParameterSlots(Mapping[str, nn.Parameter]):
     def __len__(self) -> int:
         """Return the number of parameters."""
         return len(self._places)
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a tensor has when no part of the model is compiled."""
+    return name.replace("_orig_mod.", "")
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """Return the module that the caller built, inside wrappers for compilation and data-parallel use."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

@@ -144,18 +144,20 @@ class AlternatingSparseTraining:
             raise ConfigError(f"value of metric {name!r} must be a number, got {value!r}") from None
 
     def private_state(self, sub_net: str) -> dict[str, Tensor]:
-        """Return copies of a sub-net's private BatchNorm tensors by their names in ``model.state_dict()``."""
+        """Return copies of a sub-net's private BatchNorm tensors by their names in the bare model's state dict."""
         self._check_name(sub_net)
         return self._parts.normalization.state(sub_net)
 
     def materialize(self, name: str) -> dict[str, Tensor]:
         """Return one sub-net as an ordinary state dict: zeros where it drops weights, its own BatchNorm state.
 
+        Names are those of the bare model, inside wrappers for compilation and data-parallel use.
+
         Raises:
             ConfigError: If there is no such sub-net.
         """
         with self.sub_net(name):
-            return {key: value.detach().clone() for key, value in self.model.state_dict().items()}
+            return {key: value.detach().clone() for key, value in self._parts.bare.state_dict().items()}
 
     def recalibrate(
         self,
@@ -247,7 +249,7 @@ class AlternatingSparseTraining:
         with self._events.at_rest():
             write_elastic(
                 Path(path),
-                state=self.model.state_dict(),
+                state=self._parts.bare.state_dict(),
                 masks=self.masks,
                 private={name: self.private_state(name) for name in self.sub_nets},
                 header=header,
@@ -274,7 +276,7 @@ class AlternatingSparseTraining:
     def attach(self) -> None:
         """Register the hooks; called once, by `wrap`."""
         self._parts.gradients.attach()
-        self._attachment = Attachment(self.model, self.optimizer, self._events)
+        self._attachment = Attachment(self.model, self._parts.bare, self.optimizer, self._events)
 
     def _check_name(self, name: str) -> None:
         if name not in self.sub_nets:

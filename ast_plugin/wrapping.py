@@ -24,7 +24,7 @@ from ast_plugin.parts import RunParts
 from ast_plugin.plans import build_plans
 from ast_plugin.plugins import PluginRegistry
 from ast_plugin.schedules import resolve_calendars
-from ast_plugin.slots import ParameterSlots
+from ast_plugin.slots import ParameterSlots, bare_model
 from ast_plugin.statistics import Statistics
 from ast_plugin.sub_nets import SubNetSpec
 from ast_plugin.training import AlternatingSparseTraining
@@ -76,7 +76,8 @@ def wrap(
 
     Args:
         optimizer: The optimizer that trains `model`, any torch optimizer, constructed before this call.
-        model: The outermost module that the training loop calls.
+        model: The outermost module that the training loop calls; where it is a wrapper for compilation or data-parallel
+            use, parameters have the names that they have inside it.
         config: All settings as one object, instead of `options`.
         plugins: Plugin objects for this run alone, beside the installed ones.
         **options: The settings of `ASTConfig` by name, for example ``sparsities=(0.9, 0.95)``, ``total_steps=1000``.
@@ -189,18 +190,19 @@ def _build(
         names=names,
         default=default,
     )
-    choices = tuple(registry.select_parameters(model, include=config.include, exclude=config.exclude))
+    bare = bare_model(model)
+    choices = tuple(registry.select_parameters(bare, include=config.include, exclude=config.exclude))
     prunable = [choice for choice in choices if choice.prunable]
-    _check_in_optimizer(optimizer, model, prunable)
+    _check_in_optimizer(optimizer, bare, prunable)
     for choice in prunable:
         for pattern in patterns.values():
             pattern.check(choice.name, choice.shape)
-    parameters = ParameterSlots(model, [choice.name for choice in prunable])
+    parameters = ParameterSlots(bare, [choice.name for choice in prunable])
     masks = MaskStore(names, {choice.name: choice.shape for choice in prunable})
     distribution = _distribution(config, names, [choice.name for choice in prunable], registry, method)
     updater = MaskUpdater(config, plans, method=method, distribution=distribution, masks=masks)
-    normalization = PrivateNormalization(model, names, default, enabled=config.private_normalization)
-    _check_private_in_optimizer(optimizer, model, normalization.parameter_names)
+    normalization = PrivateNormalization(bare, names, default, enabled=config.private_normalization)
+    _check_private_in_optimizer(optimizer, bare, normalization.parameter_names)
     normalization.adopt_optimizer_state(optimizer)
     window = (config.total_steps or 50 * _HISTORY_POINTS) // _HISTORY_POINTS
     return RunParts(
@@ -208,6 +210,7 @@ def _build(
         names=names,
         default=default,
         model=model,
+        bare=bare,
         optimizer=optimizer,
         registry=registry,
         choices=choices,

@@ -294,3 +294,37 @@ def test_a_reader_who_goes_away_is_no_error_message() -> None:
     os.close(write)
     assert process.returncode == cli.BROKEN_PIPE
     assert process.stderr == ""
+
+
+def test_a_command_does_not_overwrite_what_it_reads(
+    elastic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = elastic
+    before = path.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(path)
+    for arguments in (
+        ["export", str(path), "--sub-net", "s50", "--to", str(path)],
+        ["export", str(path), "--sub-net", "s50", "--to", str(tmp_path / "link.safetensors")],
+        ["report", str(path), "--html", str(path)],
+    ):
+        assert main(arguments) == cli.USAGE
+        assert "is the file that is read; give another path" in capsys.readouterr().err
+        assert path.read_bytes() == before
+
+
+def test_json_nested_without_end_is_an_error_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("[" * 200_000, encoding="utf-8")
+    assert main(["report", str(path)]) == cli.FAILED
+    assert "is no JSON" in capsys.readouterr().err
+
+
+def test_a_closed_standard_output_is_no_traceback(elastic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["inspect", str(elastic)]) == cli.OK
+
+
+@pytest.mark.extra("demo")
+def test_a_seed_that_no_generator_takes_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--seed", "9" * 23, "--steps", "6"]) == cli.USAGE
+    assert "seed must lie in [0, 2**63)" in capsys.readouterr().err

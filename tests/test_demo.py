@@ -21,7 +21,6 @@ from ast_plugin import cli, demo_progress
 from ast_plugin.cli import main
 from ast_plugin.demo import (
     CHECKPOINT,
-    SET_ASIDE,
     DemoInterrupted,
     program_command,
     python_command,
@@ -357,9 +356,40 @@ def test_a_new_run_keeps_the_state_of_an_unfinished_one(digits: Digits, tmp_path
     run.save(tmp_path / CHECKPOINT)
     out = io.StringIO()
     run_demo(SMALL, output=tmp_path, out=out)
-    assert f"The run that stopped here after step 5 of 24 is kept as {tmp_path / SET_ASIDE}" in out.getvalue()
-    assert read_state(tmp_path / SET_ASIDE)["step"] == 5
+    kept = tmp_path / "checkpoint-before-1.pt"
+    assert f"The run that stopped here after step 5 of 24 is kept as {kept}" in out.getvalue()
+    assert read_state(kept)["step"] == 5
     assert read_state(tmp_path / CHECKPOINT)["step"] == 24
+    # A second unfinished run does not push the first one out, and one that was never evaluated counts as unfinished.
+    steps(run, 19)
+    run.save(tmp_path / CHECKPOINT)
+    (tmp_path / "report.json").unlink()
+    run_demo(SMALL, output=tmp_path, out=out)
+    assert read_state(kept)["step"] == 5
+    assert read_state(tmp_path / "checkpoint-before-2.pt")["step"] == 24
+
+
+@pytest.mark.extra("demo")
+@pytest.mark.parametrize("content", [b"no checkpoint", b"PK\x03\x04 cut off"])
+def test_a_foreign_state_is_refused_without_the_advice_to_execute_it(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / CHECKPOINT).write_bytes(content)
+    with pytest.raises(
+        StateError, match="is damaged, or no state of a demo run; start anew without --resume"
+    ) as caught:
+        read_state(tmp_path / CHECKPOINT)
+    assert "weights_only" not in str(caught.value)
+
+
+def test_plain_lines_show_the_sub_nets_in_turn() -> None:
+    out = io.StringIO()
+    with progress(out, steps=1800, done=0, targets={"a": 0.9, "b": 0.95, "c": 0.98}) as display:
+        for step in range(1, 1801):
+            display.update(
+                step, sub_net="abc"[(step - 1) % 3], loss=torch.tensor(1.0), sparsities=dict.fromkeys("abc", 0.5)
+            )
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 10
+    assert {line.split(">")[1][0] for line in lines} == {"a", "b", "c"}
 
 
 @pytest.mark.extra("demo")

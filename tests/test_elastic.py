@@ -501,7 +501,8 @@ def test_state_outside_of_parameters_and_buffers_is_refused(path: Path) -> None:
 def test_a_model_in_training_is_refused_until_it_is_detached(tmp_path: Path) -> None:
     model = network()
     ast = ast_plugin.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, sparsities=(0.5, 0.8), total_steps=10)
-    ast.save(tmp_path / "e")
+    with pytest.warns(UserWarning, match="is saved with sparsity 0"):
+        ast.save(tmp_path / "e")
     want = {name: ast.materialize(name) for name in ast.sub_nets}
     with pytest.raises(WrapError, match=r"wrapped for training: call detach\(\) on its controller first"):
         load(tmp_path / "e", model)
@@ -520,3 +521,21 @@ def test_a_damaged_file_leaves_the_model_alone(path: Path) -> None:
     with pytest.raises(ElasticFileError, match="does not match its digest"):
         load(path, model)
     assert same_state(model.state_dict(), network(seed=5).state_dict())
+
+
+def test_an_elastic_gives_way_to_the_next_one_loaded_into_its_model(elastic: Elastic) -> None:
+    later = load(elastic.path, elastic.model)
+    for use in (lambda: elastic.switch("s80"), lambda: elastic.materialize("s50")):
+        with pytest.raises(ActivationError, match="another elastic file was loaded into this model"):
+            use()
+    later.switch("s80")
+    assert later.active == "s80"
+
+
+def test_a_model_that_is_trained_again_is_not_switched(elastic: Elastic) -> None:
+    optimizer = torch.optim.SGD(elastic.model.parameters(), lr=0.1)
+    ast = ast_plugin.wrap(optimizer, elastic.model, sparsities=(0.5,), total_steps=100)
+    with pytest.raises(ActivationError, match="wrapped for training now"):
+        elastic.switch("s80")
+    ast.detach()
+    elastic.switch("s80")

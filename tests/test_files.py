@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -178,3 +179,26 @@ def test_a_new_file_gets_the_permissions_of_any_new_file(tmp_path: Path) -> None
     (tmp_path / "ordinary").touch()
     atomic_write(tmp_path / "made", private)
     assert (tmp_path / "made").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("error", "free"),
+    [
+        (RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 232320 vs 232216"), 0),
+        (ValueError("I/O error: No space left on device (os error 28)"), 10**12),
+    ],
+    ids=["torch", "safetensors"],
+)
+def test_a_full_disk_is_recognised_whoever_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, free: int
+) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12 - free, free))
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(SaveError, match="No space left on device; free some space, or give another path; the file"):
+        atomic_write(tmp_path / "file", write)
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]

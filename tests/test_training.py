@@ -767,3 +767,45 @@ def test_an_optimizer_step_that_raises_is_mended_at_the_next_touch() -> None:
     assert_same(before, {k: v for k, v in state.items() if k in before})
     train_step(model, optimizer, image_batch(4))
     assert ast.step == 5
+
+
+@pytest.mark.parametrize("wrapper", ["DataParallel", "compiled", "both"])
+def test_names_are_those_of_the_model_inside_wrappers(wrapper: str, tmp_path: Any) -> None:
+    def outer(model: nn.Module) -> nn.Module:
+        if wrapper != "DataParallel":
+            model = torch.compile(model, backend="eager")  # type: ignore[assignment]  # a module comes out
+        return model if wrapper == "compiled" else nn.DataParallel(model)
+
+    plain, plain_optimizer, plain_ast = wrapped(method="set")
+    train(plain, plain_optimizer, range(12))
+    inner = conv_net()
+    model = outer(inner)
+    _, optimizer, ast = wrapped(model, sgd(inner), method="set")
+    assert [row.parameter for row in ast.describe().rows] == [name for name, _ in inner.named_parameters()]
+    train(model, optimizer, range(12))
+    # The same names give the same random masks, so it is the same run.
+    assert_same(snapshot(plain), snapshot(inner))
+    assert_same(plain_ast.materialize("s80"), ast.materialize("s80"))
+    ast.save(tmp_path / "elastic.safetensors")
+    state = ast.state_dict()
+    plain_ast.load_state_dict(state)
+    fresh = conv_net(seed=3)
+    fresh.load_state_dict(ast.materialize("s90"))
+    ast.detach()
+    images = image_batch(0)[0]
+    fresh.eval()
+    for target in (conv_net(seed=4), outer(conv_net(seed=4))):
+        elastic = ast_plugin.load(tmp_path / "elastic.safetensors", target)
+        elastic.switch("s90")
+        with torch.no_grad():
+            assert torch.equal(target.eval()(images), fresh(images))
+
+
+def test_the_inner_models_state_dict_is_dense_too() -> None:
+    inner = conv_net()
+    model, _, ast = wrapped(nn.DataParallel(inner), sgd(inner), method="static")
+    before = snapshot(inner)
+    model(image_batch(0)[0])
+    for name, value in inner.state_dict().items():
+        if name in ast.masks.parameters:
+            assert torch.equal(value, before[name])
