@@ -15,7 +15,7 @@ TOX = .venv/bin/python -m tox run
 .PHONY: help demo test lint docs bench clean
 
 help:
-	@echo "make demo    train sparse sub-nets on real images, then show table, report and elastic file (3 minutes)"
+	@echo "make demo    train sparse sub-nets on real images, then show table, report and elastic file (one to two minutes)"
 	@echo "make test    lint, types, tests with every extra, tests with the core alone, docs"
 	@echo "make lint    linter and formatter check"
 	@echo "make docs    build the documentation into docs/_build/html and run its snippets"

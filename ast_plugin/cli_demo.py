@@ -154,7 +154,12 @@ def sparsity(text: str) -> float | str:
     """Return a sparsity as a number, or an ``N:M`` string as it is; its range is checked later."""
     if is_n_of_m(text):
         return text
-    return float(text)
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a fraction of zeros such as 0.95 nor a pattern such as 2:4"
+        ) from None
 
 
 def moment(text: str) -> int | float:
@@ -162,7 +167,13 @@ def moment(text: str) -> int | float:
     try:
         return int(text)
     except ValueError:
+        pass
+    try:
         return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number of steps such as 90 nor a fraction such as 0.05"
+        ) from None
 
 
 _SETTINGS = frozenset(DemoSettings().to_dict())

@@ -328,3 +328,17 @@ def test_a_closed_standard_output_is_no_traceback(elastic: Path, monkeypatch: py
 def test_a_seed_that_no_generator_takes_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--seed", "9" * 23, "--steps", "6"]) == cli.USAGE
     assert "seed must lie in [0, 2**63)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sparsities", "abc"], "'abc' is neither a fraction of zeros such as 0.95 nor a pattern such as 2:4"),
+        (["--end-step", "soon"], "'soon' is neither a number of steps such as 90 nor a fraction such as 0.05"),
+    ],
+)
+def test_values_that_are_no_numbers_are_explained(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", *arguments]) == cli.USAGE
+    assert message in capsys.readouterr().err

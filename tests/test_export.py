@@ -270,7 +270,7 @@ print("equal")
 
 
 def test_a_process_without_this_package_gives_the_controllers_outputs(tmp_path: Path) -> None:
-    # Invariant 8 of the design: the sub-net put on the model here, the exports loaded there, equal bit for bit.
+    # The sub-net put on the model here, the exports loaded there, equal bit for bit.
     model = network().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     ast = ast_plugin.wrap(optimizer, model, sparsities=(0.5, 0.8), total_steps=12, update_interval=2)

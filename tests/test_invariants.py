@@ -1,4 +1,4 @@
-"""The invariants of the design, each held on real training steps."""
+"""What must hold in every run, each checked on real training steps."""
 
 from __future__ import annotations
 
