@@ -169,6 +169,23 @@ def _min_widths(table: TextTable, *, headings_break: bool) -> list[int]:
     return widths
 
 
+def _fitted_widths(table: TextTable, width: int) -> list[int]:
+    """Return column widths that fit `width`, headings on one line as far as there is room.
+
+    rich left alone narrows columns below their figures when it has to break headings.
+    """
+    least, most = _min_widths(table, headings_break=True), _min_widths(table, headings_break=False)
+    room = width - sum(least) - len(least) - 1
+    fitted = []
+    for narrow, wide in zip(least, most, strict=True):
+        more = max(0, min(wide - narrow, room))
+        # A heading either gets its line or stays broken; part of the room would not help it.
+        more = more if narrow + more == wide else 0
+        room -= more
+        fitted.append(narrow + more)
+    return fitted
+
+
 def _with_rich(head: Sequence[str], tables: Sequence[TextTable], notes: Sequence[str], width: int, color: bool) -> str:
     from rich import box
     from rich.console import Console
@@ -181,10 +198,8 @@ def _with_rich(head: Sequence[str], tables: Sequence[TextTable], notes: Sequence
     console.print(Text(head[0], style="bold"), *(Text(line) for line in head[1:]), "", sep="\n")
     for table in [part for whole in tables for part in split_columns(whole, width, headings_break=True)]:
         drawn = Table(box=box.SIMPLE_HEAD, padding=0)
-        for i, (heading, widest) in enumerate(zip(table.columns, _min_widths(table, headings_break=True), strict=True)):
-            drawn.add_column(
-                Text(heading), justify="right" if i else "left", style="" if i else "bold", min_width=widest
-            )
+        for i, (heading, exactly) in enumerate(zip(table.columns, _fitted_widths(table, width), strict=True)):
+            drawn.add_column(Text(heading), justify="right" if i else "left", style="" if i else "bold", width=exactly)
         for row in table.rows:
             drawn.add_row(*(Text(cell) for cell in row))
         console.print(Text(table.title, style="bold"), drawn, sep="\n")

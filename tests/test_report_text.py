@@ -119,3 +119,13 @@ def test_output_without_unicode_gets_plain_characters(monkeypatch: pytest.Monkey
 def test_report_about_nothing_is_text_too() -> None:
     text = Report(title="nothing", sub_nets=()).render_terminal(width=80)
     assert text.startswith("nothing\nNo training on record")
+
+
+@pytest.mark.extra("report")
+@pytest.mark.parametrize("width", range(40, 130, 3))
+def test_no_figure_is_cut_at_any_width(width: int) -> None:
+    report = run_report()
+    figures = set(report.render_terminal(width=500, color=False).split())
+    shown = report.render_terminal(width=width, color=False)
+    assert {figure for figure in figures if figure[:1] in "+-0123456789"} <= set(shown.split())
+    assert all(len(line) <= width for line in shown.splitlines())
