@@ -26,15 +26,14 @@ class DemoSettings:
         inactive: ``coast`` or ``freeze``.
         update_interval: Time between two mask updates of one sub-net, in steps (int) or as a fraction (float).
         end_step: When the targets are reached, in steps (int) or as a fraction (float).
-        drop_fraction: Fraction of the kept weights that the first update replaces. A tenth: on a run as short as this
-            one, replacing half of them costs the 98 % sparse sub-net a point (see docs/demo.md).
+        drop_fraction: Fraction of the kept weights that the first update replaces, in [0, 1).
         seed: Seed of the initial weights, the order and augmentation of the images, and the masks.
         learning_rate: At the start; it falls to zero along a cosine.
         weight_decay: On all parameters.
         batch_size: Images a step.
         width: Channels of the network's first stage.
-        threads: Threads that compute. One: the tensors are small, and two threads gain a third on an idle machine but
-            run several times slower on one whose cores are busy.
+        threads: Threads that compute. The tensors are small: two threads gain a third on an idle machine, but take
+            several times as long as one where other programs use the cores.
 
     Raises:
         ConfigError: If a value is outside its range, or two contradict each other.

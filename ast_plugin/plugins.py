@@ -108,7 +108,10 @@ class PluginRegistry:
             return built
         grow_score = built.grow_score and _guarded(built.grow_score, plugin, f"the grow score of {where}")
         return dataclasses.replace(
-            built, drop_score=_guarded(built.drop_score, plugin, f"the drop score of {where}"), grow_score=grow_score
+            built,
+            drop_score=_guarded(built.drop_score, plugin, f"the drop score of {where}"),
+            grow_score=grow_score,
+            sparsity_schedule=_guarded(built.sparsity_schedule, plugin, f"the sparsity schedule of {where}"),
         )
 
     def pattern(self, text: str) -> Pattern:
@@ -123,7 +126,9 @@ class PluginRegistry:
         for plugin, record in records.values():
             pattern = _guarded(record.parse, plugin, f"pattern {record.name!r}")(text)
             if isinstance(pattern, Pattern):
-                found.append((plugin, pattern))
+                found.append(
+                    (plugin, pattern if plugin == BUILT_IN else _watched(pattern, plugin, f"pattern {text!r}"))
+                )
             elif pattern is not None:
                 raise PluginError(f"plugin {plugin!r} must parse {text!r} to a Pattern or None, got {pattern!r}")
         if not found:
@@ -176,7 +181,7 @@ class PluginRegistry:
         )
         if not all(hasattr(order, member) for member in ("name", "sub_net_at", "is_group_start")):
             raise PluginError(f"plugin {plugin!r} must build an Alternation for {spec!r}, got {order!r}")
-        return order
+        return order if plugin == BUILT_IN else _watched(order, plugin, f"alternation {spec!r}")
 
     def select_parameters(
         self, model: nn.Module, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
@@ -250,6 +255,22 @@ def _look_up(kind: str, name: str, owned: Mapping[str, tuple[str, Answer]]) -> t
         return owned[name]
     except KeyError:
         raise ConfigError(f"unknown {kind} {name!r}: {near_names(name, owned)}") from None
+
+
+class _Watched:
+    """Stands for an object of a plugin and names the plugin when one of its methods fails."""
+
+    def __init__(self, target: object, plugin: str, where: str) -> None:
+        self._target, self._plugin, self._where = target, plugin, where
+
+    def __getattr__(self, name: str) -> Any:
+        where = f"{name} of {self._where}"
+        value = _guarded(getattr, self._plugin, where)(self._target, name)
+        return _guarded(value, self._plugin, where) if callable(value) else value
+
+
+def _watched(target: Answer, plugin: str, where: str) -> Answer:
+    return cast(Answer, _Watched(target, plugin, where))
 
 
 def _guarded(function: Function, plugin: str, where: str) -> Function:

@@ -6,11 +6,15 @@ Zhu and Gupta 2017, equation 1; drop fractions follow Dettmers and Zettlemoyer 2
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 
 from ast_plugin.config import ASTConfig, Moment
 from ast_plugin.errors import ConfigError
+
+_LONGEST = 1 << 40  # steps: no run is longer
+_TRIED = 100_000  # totals to try one by one for the message of an error
 
 
 def cubic_sparsity(step: int, *, begin: int, end: int, initial: float, final: float) -> float:
@@ -193,25 +197,30 @@ def _shown(name: str, moment: Moment, resolved: str) -> str:
 
 def _smallest_total(config: ASTConfig, sub_nets: int) -> int | None:
     """Return the smallest `total_steps` without a problem; None if there is none, or none within reach."""
-    begin, end, interval = (_line(moment) for moment in _moments(config))
-    # Each condition reads slope * total + constant >= 0, give or take the rounding to whole steps (below 2 in all).
-    conditions = (
+    moments = _moments(config)
+
+    def fits(total: int) -> bool:
+        begin, end, interval = (_steps(moment, total) for moment in moments)
+        return end > begin and end <= total - sub_nets and max(interval, 1) <= end - begin
+
+    # With every step more, `end` moves by one at most, so once each sub-net has its step after it, it keeps it.
+    enough = range(1, _LONGEST + 1)
+    low = bisect.bisect_left(enough, True, key=lambda total: _steps(moments[1], total) <= total - sub_nets) + 1
+    # The other two conditions may come and go by a step where two moments are rounded, so there every total is tried.
+    begin, end, interval = (_line(moment) for moment in moments)
+    high = low
+    for slope, constant in (
         (end[0] - begin[0], end[1] - begin[1] - 1),
-        (1 - end[0], -end[1] - sub_nets),
         (end[0] - begin[0] - interval[0], end[1] - begin[1] - interval[1]),
-    )
-    low, high = 1, 2 * sub_nets + 2
-    for slope, constant in conditions:
+    ):
+        # Each reads slope * total + constant >= 0, give or take the rounding to whole steps (below 2 in all).
         if slope > 1e-12:
             low = max(low, math.floor((-constant - 2) / slope))
             high = max(high, math.ceil((2 - constant) / slope))
         elif constant < -2:
             return None
     # A schedule that rounds to nothing (slopes near 0) would make the range huge; nobody trains that long.
-    for total in range(low, min(high, low + 1_000_000) + 1):
-        if _problem(config, sub_nets, total) is None:
-            return total
-    return None
+    return next((total for total in range(low, min(max(low, high), low + _TRIED) + 1) if fits(total)), None)
 
 
 def _line(moment: Moment) -> tuple[float, float]:

@@ -6,6 +6,7 @@ import ast
 import random
 from pathlib import Path
 
+import hypothesis
 import numpy
 import pytest
 import torch
@@ -17,6 +18,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    # The same examples in every run: what fails once fails again.
+    hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+    hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

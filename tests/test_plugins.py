@@ -799,3 +799,60 @@ def test_two_distributions_with_one_plugin_name_are_both_named(
 
 def test_a_built_in_method_is_handed_out_as_it_is() -> None:
     assert alone().method("rigl") is RIGL
+
+
+class Brittle:
+    """A plugin whose pattern, order of sub-nets and sparsity schedule break when they are used."""
+
+    class BrokenPattern(UnstructuredPattern):
+        @property
+        def name(self) -> str:
+            return "brittle"
+
+        def keep_top(self, *_: object) -> torch.Tensor:
+            raise ZeroDivisionError("in keep_top")
+
+    class BrokenOrder:
+        name = "brittle"
+
+        def sub_net_at(self, step: int) -> int:
+            raise ZeroDivisionError("in sub_net_at")
+
+        def is_group_start(self, step: int) -> bool:
+            return True
+
+    @hookimpl
+    def ast_patterns(self) -> list[PatternRecord]:
+        return [
+            PatternRecord(
+                name="brittle",
+                description="breaks",
+                parse=lambda text: self.BrokenPattern() if text == "brittle" else None,
+            )
+        ]
+
+    @hookimpl
+    def ast_alternations(self) -> list[AlternationRecord]:
+        return [AlternationRecord(name="brittle", description="breaks", build=lambda **_: self.BrokenOrder())]
+
+    @hookimpl
+    def ast_methods(self) -> list[MethodRecord]:
+        def schedule(step: int, **_: object) -> float:
+            raise ZeroDivisionError("in schedule")
+
+        method = Method(name="brittle", description="breaks", drop_score=magnitude, sparsity_schedule=schedule)
+        return [MethodRecord.of(method)]
+
+
+def test_what_breaks_only_when_it_is_used_names_the_plugin_too() -> None:
+    registry = PluginRegistry([Brittle()], autoload=False)
+    pattern = registry.pattern("brittle")
+    assert pattern.name == "brittle"
+    assert pattern.unit_count((2, 3)) == 6
+    with pytest.raises(PluginError, match=r"keep_top of pattern 'brittle'.*in keep_top"):
+        pattern.keep_top(torch.ones(6), 3, (2, 3))
+    order = registry.alternation("brittle", count=2, seed=0, steps_per_epoch=None, names=("a", "b"), default="a")
+    with pytest.raises(PluginError, match=r"sub_net_at of alternation 'brittle'.*in sub_net_at"):
+        order.sub_net_at(0)
+    with pytest.raises(PluginError, match=r"the sparsity schedule of method 'brittle'.*in schedule"):
+        registry.method("brittle").sparsity_schedule(0, begin=0, end=1, initial=0.0, final=0.5)
