@@ -228,5 +228,5 @@ def test_the_total_named_works_and_none_smaller_does(begin, end, interval, sub_n
 def test_a_schedule_that_ends_just_before_the_run_does_names_its_total_at_once():
     # round(.99999 t) leaves two steps from t = 150,000 on: .99999 * 150,000 = 149,998.5, rounded to even.
     config = ASTConfig(sparsities=(0.9,), total_steps=606, begin_step=48, end_step=0.99999, update_interval=6)
-    with pytest.raises(ConfigError, match="the smallest total_steps that works with these settings is 150000$"):
+    with pytest.raises(ConfigError, match=r"the smallest total_steps that works with these settings is 150000$"):
         resolve_calendars(config, 2)
