@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import random
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -18,6 +19,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # Shells start background jobs with Ctrl-C ignored, and tests of interrupts need it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # The same examples in every run: what fails once fails again.
     hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
     hypothesis.settings.load_profile("repeatable")
