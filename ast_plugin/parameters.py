@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parameter import Parameter, UninitializedParameter
 
 from ast_plugin.errors import SelectionError
+from ast_plugin.slots import plain_name
 
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -182,7 +183,7 @@ def _is_embedding(owner: _Owner) -> bool:
 def _aliases(name: str, owners: Sequence[_Owner]) -> tuple[str, ...]:
     """Return every name under which a glob may find a parameter: of tied layers, and as before compile or DDP."""
     found = [name, *(owner.name for owner in owners)]
-    found += [alias.replace("_orig_mod.", "").removeprefix("module.") for alias in found]
+    found += [plain_name(alias).removeprefix("module.") for alias in found]
     return tuple(dict.fromkeys(found))
 
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ast_plugin.errors import ConfigError
+from ast_plugin.slots import plain_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,10 +59,10 @@ def count_flops(model: nn.Module, parameters: Sequence[str], example_inputs: Any
     Raises:
         ConfigError: If the model cannot be run on the example; the model's own error is chained.
     """
-    named = {_plain_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    named = {plain_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
     # By storage: a transposed, chunked or reshaped view of a weight still reads that weight.
     owners = {
-        named[_plain_name(name)].untyped_storage().data_ptr(): name for name in parameters if _plain_name(name) in named
+        named[plain_name(name)].untyped_storage().data_ptr(): name for name in parameters if plain_name(name) in named
     }
     owners.pop(0, None)
     counter = FlopCounterMode(display=False)
@@ -147,8 +148,3 @@ def _call(model: nn.Module, example_inputs: Any) -> None:
         model(*example_inputs)
     else:
         model(example_inputs)
-
-
-def _plain_name(name: str) -> str:
-    """Return a parameter's name without the segment that `torch.compile` puts in."""
-    return ".".join(segment for segment in name.split(".") if segment != "_orig_mod")

@@ -55,7 +55,7 @@ class ParameterSlots(Mapping[str, nn.Parameter]):
 
 def plain_name(name: str) -> str:
     """Return the name that a tensor has when no part of the model is compiled."""
-    return name.replace("_orig_mod.", "")
+    return ".".join(segment for segment in name.split(".") if segment != "_orig_mod")
 
 
 def bare_model(model: nn.Module) -> nn.Module:

@@ -229,10 +229,15 @@ def _build(
     )
 
 
+def _trained_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    """Return the identities of all parameters that the optimizer trains."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 def _check_in_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module, prunable: Sequence[ParameterChoice]
 ) -> None:
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = _trained_by(optimizer)
     parameters = dict(model.named_parameters())
     missing = [choice.name for choice in prunable if id(parameters[choice.name]) not in trained]
     if missing:
@@ -245,7 +250,7 @@ def _check_in_optimizer(
 
 
 def _check_private_in_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, private: Sequence[str]) -> None:
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = _trained_by(optimizer)
     for name in private:
         parameter = model.get_parameter(name)
         if parameter.requires_grad and id(parameter) not in trained:
