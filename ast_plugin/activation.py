@@ -8,15 +8,15 @@ methods.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ast_plugin.masking import copy_inside
-from ast_plugin.masks import MaskStore
 from ast_plugin.normalization import PrivateNormalization
+from ast_plugin.packed_masks import PackedMasks
+from ast_plugin.packs import Pack
 
 
 class Activation(Protocol):
@@ -37,17 +37,15 @@ class MaskedActivation:
     """Zeros in place of dropped weights, and the sub-net's private normalisation.
 
     Args:
-        parameters: The prunable parameters by name, resolved at every use.
-        masks: The masks.
+        masks: The masks and the parameters they belong to.
         normalization: The private normalisation state.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], masks: MaskStore, normalization: PrivateNormalization) -> None:
-        self._parameters = parameters
+    def __init__(self, masks: PackedMasks, normalization: PrivateNormalization) -> None:
         self._masks = masks
         self._normalization = normalization
-        self._saved: dict[str, Tensor] = {}
-        self._covered: list[str] = []
+        self._saved: dict[Pack, list[Tensor]] = {}
+        self._covered: list[Pack] = []
         self._worn: str | None = None
 
     @property
@@ -64,11 +62,14 @@ class MaskedActivation:
         try:
             # Copies made under inference_mode could never take part in training later.
             with torch.inference_mode(False), torch.no_grad():
-                for name, parameter in self._parameters.items():
-                    if self._masks.kept(sub_net, name) == parameter.numel():
-                        continue
-                    saved = self._save(name, parameter)
-                    copy_inside(saved, self._mask(sub_net, name, parameter.device), into=parameter)
+                for pack in self._masks.packs:
+                    parameters = self._masks.parameters(pack)
+                    kept = self._masks.kept(sub_net, pack, parameters)
+                    if not kept.everything:
+                        torch._foreach_copy_(self._room(pack, parameters), parameters)
+                        self._covered.append(pack)
+                        kept.keep_only_(pack.vector(parameters))
+                        pack.write(parameters)
                 self._normalization.carry(sub_net)
             _forget_autocast_copies()
         except BaseException:
@@ -81,38 +82,30 @@ class MaskedActivation:
             return
         with torch.inference_mode(False), torch.no_grad():
             while self._covered:
-                name = self._covered[-1]
-                self._parameters[name].copy_(self._saved[name])
+                pack = self._covered[-1]
+                torch._foreach_copy_(self._masks.parameters(pack), self._saved[pack])
                 self._covered.pop()
             self._normalization.carry(self._normalization.default)
         self._worn = None
         _forget_autocast_copies()
 
-    def _save(self, name: str, parameter: Tensor) -> Tensor:
-        saved = self._saved.get(name)
-        if (
-            saved is None
-            or saved.shape != parameter.shape
-            or saved.device != parameter.device
-            or saved.dtype != parameter.dtype
-        ):
-            saved = self._saved[name] = torch.empty_like(parameter, requires_grad=False)
-        saved.copy_(parameter)
-        self._covered.append(name)
+    def _room(self, pack: Pack, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Return memory for the dense values, the same at every step as long as it fits."""
+        saved = self._saved.get(pack)
+        if saved is None or any(_misfit(room, parameter) for room, parameter in zip(saved, parameters, strict=True)):
+            known = self._masks.packs
+            self._saved = {pack: rooms for pack, rooms in self._saved.items() if pack in known}
+            saved = self._saved[pack] = [torch.empty_like(p, requires_grad=False) for p in parameters]
         return saved
-
-    def _mask(self, sub_net: str, name: str, device: torch.device) -> Tensor:
-        """Return the mask where the parameter is: the model may have been moved since."""
-        mask = self._masks.get(sub_net, name)
-        if mask.device != device:
-            mask = mask.to(device)
-            self._masks.set(sub_net, name, mask)
-        return mask
 
     def release(self) -> None:
         """Take the sub-net off and free the copies."""
         self.take_off()
         self._saved.clear()
+
+
+def _misfit(room: Tensor, parameter: Tensor) -> bool:
+    return room.dtype != parameter.dtype or room.device != parameter.device
 
 
 def _forget_autocast_copies() -> None:

@@ -31,8 +31,11 @@ class TrainingEvents(Protocol):
     def after_forward(self, raised: bool) -> bool:
         """The forward has run, or raised. Returns whether the end of backward is to be reported."""
 
-    def after_backward(self) -> None:
-        """Backward has ended, normally or by an exception."""
+    def after_backward(self, completed: bool) -> None:
+        """Backward has ended; not `completed` after an exception."""
+
+    def end_of_backward_unseen(self) -> None:
+        """The output of a training forward holds no tensor that could tell of backward."""
 
     def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """The optimizer is about to step. May return the arguments to call its step with instead."""
@@ -115,16 +118,17 @@ class Attachment:
 
     def _report_end_of_backward(self, output: Any) -> None:
         self._reported = False
-        for tensor in _tensors(output):
-            if tensor.requires_grad:
-                tensor.register_hook(self._backward_began)
+        tensors = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        for tensor in tensors:
+            tensor.register_hook(self._backward_began)
+        if not tensors:
+            self._events.end_of_backward_unseen()
 
     def _backward_began(self, _: Tensor) -> None:
         # From the outermost graph: queued inside a nested backward (reentrant checkpointing) it would come early.
         if not self._reported:
             self._reported = True
-            queue = torch.autograd.Variable._execution_engine.queue_callback
-            queue(_EndOfBackward(self._events.after_backward))
+            _queue(_EndOfBackward(self._events.after_backward))
 
 
 def is_attached(thing: nn.Module | torch.optim.Optimizer) -> bool:
@@ -135,18 +139,34 @@ def is_attached(thing: nn.Module | torch.optim.Optimizer) -> bool:
 
 
 class _EndOfBackward:
-    """Reports once: when the autograd engine calls it, or drops it because backward raised."""
+    """Reports once: when the autograd engine calls it the second time, or drops it because backward raised.
 
-    def __init__(self, report: Callable[[], None]) -> None:
-        self._report: Callable[[], None] | None = report
+    Data-parallel modules put averaged gradients in place by callbacks of their own, queued during backward. Queued
+    once more when backward has ended, this one comes after them.
+    """
+
+    def __init__(self, report: Callable[[bool], None]) -> None:
+        self._report: Callable[[bool], None] | None = report
+        self._last = False
 
     def __call__(self) -> None:
-        report, self._report = self._report, None
-        if report is not None:
-            report()
+        if self._last:
+            self._finish(True)
+        else:
+            self._last = True
+            _queue(self)
 
     def __del__(self) -> None:
-        self()
+        self._finish(False)
+
+    def _finish(self, completed: bool) -> None:
+        report, self._report = self._report, None
+        if report is not None:
+            report(completed)
+
+
+def _queue(callback: Callable[[], None]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 class _ModelHook:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ast_plugin.errors import ConfigError
 
 # Below this a sum of squares in float32 has lost digits to underflow; such pairs are measured again in float64.
 _LEAST_SAFE_SQUARE = 1e-30
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclasses.dataclass
@@ -79,8 +80,7 @@ def correct(
     return result
 
 
-@dataclasses.dataclass(frozen=True)
-class _Products:
+class _Products(NamedTuple):
     """Inner products of a gradient g and its reference r: <g, r>, <r, r>, <g, g>."""
 
     inner: float
@@ -140,7 +140,7 @@ def _measured_again(pair: tuple[Tensor, Tensor], products: _Products) -> _Produc
 
 def _subtract(gradient: Tensor, reference: Tensor, coefficient: float) -> None:
     """Do g -= coefficient * r in place, in at least float32."""
-    if gradient.dtype in (torch.float16, torch.bfloat16):
+    if gradient.dtype in _HALVES:
         gradient.copy_(gradient.float().sub_(reference.float(), alpha=coefficient))
     else:
         gradient.sub_(reference, alpha=coefficient)
@@ -151,9 +151,11 @@ def _flat(gradient: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 
     A dot product does not care which order it is, so channels_last tensors are walked as they lie in memory.
     """
+    if gradient.dim() != 1:
+        by_stride = sorted(range(gradient.dim()), key=gradient.stride, reverse=True)
+        gradient, reference = (t.permute(by_stride).reshape(-1) for t in (gradient, reference))
+    if gradient.dtype == reference.dtype and gradient.dtype not in _HALVES:
+        return gradient, reference
     dtype = torch.promote_types(gradient.dtype, reference.dtype)
-    if dtype in (torch.float16, torch.bfloat16):
-        dtype = torch.float32
-    by_stride = sorted(range(gradient.dim()), key=gradient.stride, reverse=True)
-    g, r = (t.permute(by_stride).reshape(-1).to(dtype) for t in (gradient, reference))
-    return g, r
+    dtype = torch.float32 if dtype in _HALVES else dtype
+    return gradient.to(dtype), reference.to(dtype)

@@ -78,10 +78,16 @@ class RunEvents:
             return False
         return self._is_training()
 
-    def after_backward(self) -> None:
-        """Make the model dense again."""
+    def after_backward(self, completed: bool) -> None:
+        """Make the model dense again and mask the gradients that have arrived."""
         if not self._chosen:
             self._parts.activation.take_off()
+        if completed:
+            self._step.backward_ended()
+
+    def end_of_backward_unseen(self) -> None:
+        """Mask gradients as they arrive: their end cannot be told."""
+        self._parts.gradients.attach()
 
     def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Update masks and correct gradients now, or after a closure has run its own forward and backward."""

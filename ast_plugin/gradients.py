@@ -1,44 +1,75 @@
-"""Gradients of the active sub-net: masked as they arrive, kept dense for growth, corrected before the step.
+"""Gradients of the active sub-net: masked when they have arrived, kept dense for growth.
 
-Backward computes gradients with respect to the masked weights, which are dense. Masking them at accumulation makes
-clipping, logged norms and overflow checks see the active sub-net's gradient only.
+Backward computes gradients with respect to the masked weights, which are dense. Masking them before the training loop
+goes on makes clipping, logged norms and overflow checks see the active sub-net's gradient only.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ast_plugin.correction import Correction
+from ast_plugin.kept import Kept, KeptByPosition
 from ast_plugin.masking import zero_outside_
 from ast_plugin.masks import MaskStore
-
-CorrectGradients = Callable[..., Correction | None]
+from ast_plugin.packed_masks import PackedMasks
+from ast_plugin.packs import Pack
 
 
 class GradientMasks:
-    """Masks each prunable parameter's gradient as it is accumulated, and keeps dense ones aside on request.
+    """Masks the prunable parameters' gradients when backward ends, and keeps dense ones aside on request.
+
+    At the end of backward, all at once, the work is warm in the processor's caches; done in a hook at every parameter,
+    between two layers' backward, it took ten times as long (docs/decisions.md). Dense gradients, on the few steps that
+    need them, are kept aside by such hooks, which see every accumulation.
 
     Args:
         parameters: The prunable parameters by name, resolved at every use.
         masks: The masks.
+        packed: The same masks as they are applied.
+
+    Attributes:
+        sub_net: Whose gradients are expected, None between steps.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], masks: MaskStore) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], masks: MaskStore, packed: PackedMasks) -> None:
         self._parameters = parameters
         self._masks = masks
-        self._handles: dict[str, tuple[weakref.ref[Tensor], RemovableHandle]] = {}
+        self._packed = packed
         self.sub_net: str | None = None
+        self._handles: dict[str, tuple[weakref.ref[Tensor], RemovableHandle]] = {}
         self._captured: dict[str, _Captured] | None = None
+        self._masked: dict[Pack, _Masked] = {}
+
+    def begin(self, sub_net: str, *, capture: bool) -> None:
+        """Expect gradients of `sub_net`; called before every training forward.
+
+        Args:
+            sub_net: Whose mask applies.
+            capture: Whether the dense gradient is kept aside, summed over the micro-batches of the step.
+        """
+        self.sub_net = sub_net
+        if not capture:
+            self._captured = None
+        elif self._captured is None:
+            self._captured = {}
+        if capture:
+            self.attach()
+
+    def end(self) -> None:
+        """Forget the sub-net and its gradients: the step is over, or was never made."""
+        self.sub_net = None
+        self._captured = None
+        self._masked.clear()
+        self.detach()
 
     def attach(self) -> None:
-        """Register the hooks, again on parameters that were replaced since."""
+        """Mask gradients as they are accumulated in this step; also parameters that were replaced since."""
         for name, parameter in self._parameters.items():
             known = self._handles.get(name)
             if known is not None:
@@ -54,116 +85,88 @@ class GradientMasks:
             handle.remove()
         self._handles.clear()
 
-    def begin(self, sub_net: str, *, capture: bool) -> None:
-        """Expect gradients of `sub_net`; called before every training forward.
-
-        Args:
-            sub_net: Whose mask applies.
-            capture: Whether the dense gradient is kept aside, summed over the micro-batches of the step.
-        """
-        self.sub_net = sub_net
-        if not capture:
-            self._captured = None
-        elif self._captured is None:
-            self._captured = {}
-
-    def end(self) -> None:
-        """Forget the sub-net and the dense gradient: the step is over, or was never made."""
-        self.sub_net = None
-        self._captured = None
-
     def accumulated(self, name: str, parameter: Tensor) -> None:
         """Mask the gradient that was just accumulated into `parameter`, in place."""
         gradient = parameter.grad
         if self.sub_net is None or gradient is None:
             return
-        mask = self._masks.get(self.sub_net, name)
-        partial = self._masks.kept(self.sub_net, name) != mask.numel()
+        mask = self._masks.get(self.sub_net, name).to(gradient.device)
         with torch.no_grad():
             if self._captured is not None:
                 self._captured[name] = _capture(gradient, mask, self._captured.get(name))
-            if partial:
-                zero_outside_(gradient, mask)
+            zero_outside_(gradient, mask)
             if self._captured is not None:
                 self._captured[name].version = gradient._version
+
+    @torch.no_grad()
+    def mask(self, sub_net: str) -> None:
+        """Mask in place the gradients that are not as this method left them.
+
+        Backward has ended, or something has come since: clipping, noise, a gradient assigned to ``grad``, other masks.
+        """
+        for pack in self._packed.packs:
+            gradients = self._packed.gradients(pack)
+            known = self._masked.get(pack)
+            if (known is None or not known.still(gradients)) and any(g is not None for g in gradients):
+                kept = self._packed.kept(sub_net, pack, gradients)
+                values = kept.keep_only_(pack.vector(gradients))
+                pack.write(gradients)
+                if self._captured:
+                    self._note_versions(self._captured, pack, gradients)
+                self._masked[pack] = _Masked(gradients, kept, values if isinstance(kept, KeptByPosition) else None)
+
+    @staticmethod
+    def _note_versions(known: Mapping[str, _Captured], pack: Pack, gradients: Sequence[Tensor | None]) -> None:
+        """Have the next accumulation recognise gradients that were masked here once more, to no effect."""
+        for name, gradient in zip(pack.names, gradients, strict=True):
+            captured = known.get(name)
+            if captured is not None and captured.gradient is gradient:
+                captured.version = gradient._version
+
+    def masks_changed(self) -> None:
+        """Have all gradients masked again: what was done before was for other masks."""
+        self._masked.clear()
 
     def dense(self) -> dict[str, Tensor]:
         """Return the dense gradients of this step by parameter name, summed over its micro-batches, unclipped."""
         return {name: captured.dense for name, captured in (self._captured or {}).items()}
 
-    def mask_now(self, sub_net: str) -> None:
-        """Mask all gradients with the present masks of `sub_net`, in place.
+    def values(self, pack: Pack, gradients: Sequence[Tensor | None], kept: Kept) -> Tensor:
+        """Return ``kept.values`` of masked gradients, from memory where they are as `mask` left them.
 
-        The masks may have changed since accumulation, or something may have come without it: a gradient assigned to
-        ``grad``, or noise added to it.
+        They are a vector of their own, or the memory of the gradients themselves.
         """
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                if parameter.grad is not None and self._masks.kept(sub_net, name) != parameter.numel():
-                    zero_outside_(parameter.grad, self._masks.get(sub_net, name))
+        known = self._masked.get(pack)
+        if known is not None and known.values is not None and known.kept is kept and known.still(gradients):
+            return known.values
+        vector = pack.vector(gradients)
+        values = kept.values(vector)
+        return values.clone() if pack.buffered and values is vector else values
 
 
-class GradientReference:
-    """The previous sub-net's gradient, and the correction against it (Yang et al. 2022, section 3.3).
+class _Masked:
+    """Gradients that were masked.
 
     Args:
-        parameters: The prunable parameters by name, resolved at every use.
-        masks: The masks.
+        gradients: The tensors; not kept alive.
+        kept: The elements that were kept.
+        values: Their values, where these are not the gradients' own memory.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], masks: MaskStore) -> None:
-        self._parameters = parameters
-        self._masks = masks
-        self.sub_net: str | None = None
-        self._gradients: dict[str, Tensor] = {}
+    def __init__(self, gradients: Sequence[Tensor | None], kept: Kept, values: Tensor | None) -> None:
+        self.kept = kept
+        self.values = values
+        self._gradients = [None if g is None else (weakref.ref(g), g._version) for g in gradients]
 
-    def correct(self, sub_net: str, correct: CorrectGradients, *, keep: bool) -> Correction | None:
-        """Correct the present gradients of `sub_net` against the reference, in place.
-
-        Args:
-            sub_net: The sub-net whose masked gradients the parameters hold.
-            correct: Called with ``gradients``, ``references``, ``names`` and ``sub_net``; the references are
-                restricted to the sub-net's mask first, and are used up by that.
-            keep: Whether these gradients, as they were before the correction, become the next reference.
-        """
-        names = [n for n, p in self._parameters.items() if p.grad is not None and n in self._gradients]
-        references = []
-        for name in names:
-            reference = self._gradients[name]
-            if self._masks.kept(sub_net, name) != reference.numel():
-                zero_outside_(reference, self._masks.get(sub_net, name))
-            references.append(reference)
-        gradients = [g for g in (self._parameters[name].grad for name in names) if g is not None]
-        uncorrected = self._copies() if keep else {}
-        correction = correct(gradients=gradients, references=references, names=names, sub_net=sub_net)
-        self._gradients = uncorrected
-        self.sub_net = sub_net if keep else None
-        return correction
-
-    def take(self, sub_net: str) -> None:
-        """Make the present gradients of `sub_net` the reference."""
-        self._gradients = self._copies()
-        self.sub_net = sub_net
-
-    def forget(self) -> None:
-        """Drop the reference."""
-        self._gradients = {}
-        self.sub_net = None
-
-    def _copies(self) -> dict[str, Tensor]:
-        return {n: p.grad.detach().clone() for n, p in self._parameters.items() if p.grad is not None}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the reference as plain containers; the next correction uses the original up."""
-        return {"sub_net": self.sub_net, "gradients": {name: g.clone() for name, g in self._gradients.items()}}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
-        self.sub_net = state["sub_net"]
-        self._gradients = {
-            name: gradient.detach().to(self._parameters[name].device, copy=True)
-            for name, gradient in state["gradients"].items()
-        }
+    def still(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Return whether `gradients` are the same tensors, and untouched since."""
+        for known, gradient in zip(self._gradients, gradients, strict=True):
+            if known is None or gradient is None:
+                if known is not None or gradient is not None:
+                    return False
+            elif known[0]() is not gradient or known[1] != gradient._version:  # every change in place counts one up
+                return False
+        return True
 
 
 @dataclasses.dataclass

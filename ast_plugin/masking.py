@@ -27,16 +27,5 @@ def zero_outside_(tensor: Tensor, mask: Tensor) -> Tensor:
     return tensor
 
 
-def copy_inside(source: Tensor, mask: Tensor, *, into: Tensor) -> None:
-    """Write `source` into `into` where `mask` is True, and zero elsewhere.
-
-    Args:
-        source: Any floating dtype but complex, any values.
-        mask: Bool, same shape and device, True = kept.
-        into: Same shape, dtype and device as `source`. Overwritten.
-    """
-    torch.mul(_bits(source), mask.view(torch.uint8), out=_bits(into))
-
-
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().view(_INTEGERS[tensor.element_size()])

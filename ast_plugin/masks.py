@@ -43,6 +43,7 @@ class MaskStore:
         }
         self._totals: dict[str, int] = {name: math.prod(shape) for name, shape in self.shapes.items()}
         self._kept: dict[str, dict[str, int]] = {sub_net: dict(self._totals) for sub_net in self.sub_nets}
+        self._revisions: dict[str, int] = dict.fromkeys(self.sub_nets, 0)
 
     def get(self, sub_net: str, parameter: str) -> Tensor:
         """Return the mask itself, not a copy: bool, of the parameter's shape.
@@ -68,6 +69,16 @@ class MaskStore:
             )
         masks[parameter] = mask.detach()
         self._kept[sub_net].pop(parameter, None)
+        self._revisions[sub_net] += 1
+
+    def move(self, sub_net: str, parameter: str, device: torch.device) -> None:
+        """Move a mask to another device."""
+        masks = self._of(sub_net)
+        masks[parameter] = masks[parameter].to(device)
+
+    def revision(self, sub_net: str) -> int:
+        """Return a number that rises whenever a mask of `sub_net` changes."""
+        return self._revisions[sub_net]
 
     def of(self, sub_net: str) -> dict[str, Tensor]:
         """Return all masks of a sub-net by parameter name: a new dict of the store's own tensors.
@@ -169,6 +180,7 @@ class MaskStore:
                 raise StateError(f"mask of {name!r} in sub-net {sub_net!r}: {error}") from None
         masks.update(fresh)
         self._kept[sub_net].clear()
+        self._revisions[sub_net] += 1
 
     def checksum(self, sub_net: str | None = None) -> str:
         """Return a hash of parameter names, shapes and masks: the same in every process and on every device.

@@ -39,6 +39,7 @@ class PrivateNormalization:
     def __init__(self, model: nn.Module, sub_nets: Sequence[str], default: str, *, enabled: bool = True) -> None:
         self.default = default
         self.carried = default
+        self.handed_over: str | None = None
         self._parameters: dict[str, tuple[nn.Module, str]] = {}
         self._buffers: dict[str, tuple[nn.Module, str]] = {}
         if enabled and len(sub_nets) > 1:
@@ -75,15 +76,19 @@ class PrivateNormalization:
         return tuple(self._parameters)
 
     def _present(self) -> dict[str, Tensor]:
+        tensors = self._present_parameters()
+        for name, (module, attribute) in self._buffers.items():
+            buffer = module._buffers[attribute]
+            if buffer is not None:
+                tensors[name] = buffer
+        return tensors
+
+    def _present_parameters(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for name, (module, attribute) in self._parameters.items():
             parameter = module._parameters[attribute]
             if parameter is not None:
                 tensors[name] = parameter
-        for name, (module, attribute) in self._buffers.items():
-            buffer = module._buffers[attribute]
-            if buffer is not None:
-                tensors[name] = buffer
         return tensors
 
     def adopt_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
@@ -100,20 +105,22 @@ class PrivateNormalization:
 
     def carry(self, sub_net: str) -> None:
         """Put the state of `sub_net` into the model, and the one found there into its bank."""
-        if sub_net == self.carried or not (self._parameters or self._buffers):
-            self.carried = sub_net
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            present = self._present()
-            leaving, coming = self._banks[self.carried], self._banks[sub_net]
-            for name, tensor in present.items():
-                kept = leaving.get(name)
-                if kept is None or kept.device != tensor.device or kept.shape != tensor.shape:
-                    leaving[name] = tensor.detach().clone()
-                else:
-                    kept.copy_(tensor)
-                tensor.copy_(coming[name])
+        if sub_net != self.carried and (self._parameters or self._buffers):
+            self._exchange(self._present(), leaving=self.carried, coming=sub_net)
         self.carried = sub_net
+
+    def _exchange(self, present: Mapping[str, Tensor], *, leaving: str, coming: str) -> None:
+        """Copy the model's tensors into one bank, and those of another one into the model."""
+        bank, other = self._banks[leaving], self._banks[coming]
+        tensors = list(present.values())
+        with torch.inference_mode(False), torch.no_grad():
+            first = bank.get(next(iter(present)))
+            if first is None or first.device != tensors[0].device:  # never used, or the model has been moved
+                wanted = self._present() if first is None else present
+                bank.update({name: torch.empty_like(tensor, requires_grad=False) for name, tensor in wanted.items()})
+            # Hundreds of tiny tensors: a call for each would take longer than the copying.
+            torch._foreach_copy_([bank[name] for name in present], tensors)
+            torch._foreach_copy_(tensors, [other[name] for name in present])
 
     def state(self, sub_net: str) -> dict[str, Tensor]:
         """Return copies of the private tensors of `sub_net` by state-dict name."""
@@ -127,16 +134,28 @@ class PrivateNormalization:
             for name in self.names:
                 target[name].copy_(state[name])
 
-    def carry_optimizer_state(self, optimizer: torch.optim.Optimizer, *, leaving: str, coming: str) -> None:
-        """Exchange the optimizer state of the private parameters of two sub-nets, by reference.
+    def hand_over(self, optimizer: torch.optim.Optimizer, sub_net: str) -> None:
+        """Give the optimizer the private parameters of `sub_net` for its step, with their optimizer state.
+
+        Running statistics stay: optimizers do not touch them.
 
         Args:
-            optimizer: The optimizer, whose ``state`` holds the entries of `leaving`; entries may be missing.
-            leaving: The sub-net whose entries go into its bank.
-            coming: The sub-net whose entries come out of theirs.
+            optimizer: The optimizer; state entries are exchanged by reference, and may be missing.
+            sub_net: Whose parameters.
         """
-        if leaving == coming:
+        self._swap_parameters(optimizer, leaving=self.carried, coming=sub_net)
+        self.handed_over = sub_net
+
+    def take_back(self, optimizer: torch.optim.Optimizer) -> None:
+        """Undo `hand_over`, keeping what the optimizer changed; does nothing when nothing is handed over."""
+        if self.handed_over is not None:
+            self._swap_parameters(optimizer, leaving=self.handed_over, coming=self.carried)
+            self.handed_over = None
+
+    def _swap_parameters(self, optimizer: torch.optim.Optimizer, *, leaving: str, coming: str) -> None:
+        if leaving == coming or not self._parameters:
             return
+        self._exchange(self._present_parameters(), leaving=leaving, coming=coming)
         out, into = self._optimizer_states[leaving], self._optimizer_states[coming]
         fused = any(group.get("fused") for group in optimizer.param_groups)
         for name, (module, attribute) in self._parameters.items():

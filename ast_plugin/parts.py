@@ -11,13 +11,14 @@ from torch import nn
 from ast_plugin.activation import MaskedActivation
 from ast_plugin.alternation import Alternation
 from ast_plugin.config import ASTConfig
-from ast_plugin.gradients import GradientMasks, GradientReference
+from ast_plugin.gradients import GradientMasks
 from ast_plugin.inactive import FrozenInactive
 from ast_plugin.masks import MaskStore
 from ast_plugin.methods import Method
 from ast_plugin.normalization import PrivateNormalization
 from ast_plugin.parameters import ParameterChoice
 from ast_plugin.plugins import PluginRegistry
+from ast_plugin.reference import GradientReference
 from ast_plugin.slots import ParameterSlots
 from ast_plugin.statistics import Statistics
 from ast_plugin.updates import MaskUpdater

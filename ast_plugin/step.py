@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from ast_plugin.distributed import average_over_ranks, check_same_on_all_ranks
 from ast_plugin.errors import ActivationError, PluginError
 from ast_plugin.inactive import clear_state_at
 from ast_plugin.parts import RunParts
+from ast_plugin.reference import ComparedGradients, correct_pairs, correct_whole
 
 
 class TrainingStep:
@@ -39,11 +41,14 @@ class TrainingStep:
     @property
     def scheduled(self) -> str:
         """The sub-net that the next step trains."""
+        return self._at(self.number)
+
+    def _at(self, step: int) -> str:
         names, alternation = self._parts.names, self._parts.alternation
-        index = alternation.sub_net_at(self.number)
+        index = alternation.sub_net_at(step)
         if not isinstance(index, int) or not 0 <= index < len(names):
             raise PluginError(
-                f"alternation {alternation.name!r} chose {index!r} for step {self.number}; it must return the index of "
+                f"alternation {alternation.name!r} chose {index!r} for step {step}; it must return the index of "
                 f"one of the {len(names)} sub-nets, from 0"
             )
         return names[index]
@@ -52,7 +57,6 @@ class TrainingStep:
         """A training forward is about to run for this step; there may be several (micro-batches)."""
         parts, name = self._parts, self.scheduled
         self.mend()
-        parts.gradients.attach()
         due = parts.updater.is_due(name, self.number, self.last_steps[name])
         parts.gradients.begin(name, capture=due and parts.method.needs_gradient)
         self._begun = True
@@ -63,7 +67,7 @@ class TrainingStep:
         if not self._counts:
             return
         self._update_masks()
-        self._parts.gradients.mask_now(self.scheduled)
+        self._parts.gradients.mask(self.scheduled)
         self._correct()
         self._hand_over()
 
@@ -112,6 +116,11 @@ class TrainingStep:
         if self.number == parts.config.total_steps:
             self._complete_masks()
             parts.registry.notify("ast_training_finished", training=self._owner)
+
+    def backward_ended(self) -> None:
+        """Mask the gradients of the micro-batch that has just run."""
+        if self._begun:
+            self._parts.gradients.mask(self.scheduled)
 
     def settle(self) -> None:
         """Bring model and optimizer to rest, wherever a step or a backward was broken off. Idempotent."""
@@ -164,6 +173,7 @@ class TrainingStep:
         update = parts.updater.update(name, self.number, dict(parts.parameters), gradients)
         if parts.grow_initialization == "zero":
             self._start_at_zero(name, update.grown)
+        parts.gradients.masks_changed()
         check_same_on_all_ranks(f"the masks of sub-net {name!r} at step {self.number}", parts.masks.checksum, name)
         parts.statistics.masks_updated(self.number, name, target=update.target, achieved=update.achieved)
         parts.registry.notify("ast_masks_updated", training=self._owner, sub_net=name, step=self.number)
@@ -185,41 +195,42 @@ class TrainingStep:
         options = parts.config.correction_options
         if options.scope == "off" or len(parts.names) == 1:
             return
-        alternation = parts.alternation
-        applies = options.first_step or not alternation.is_group_start(self.number)
-        keep = options.first_step or not alternation.is_group_start(self.number + 1)
-        reference = parts.reference
-        if applies and reference.sub_net is not None and reference.sub_net != name:
-            self._correction = reference.correct(name, self._project, keep=keep)
-        elif keep:
-            reference.take(name)
+        alternation, reference = parts.alternation, parts.reference
+        pairs: list[ComparedGradients] = []
+        if reference.serves(name) and (options.first_step or not alternation.is_group_start(self.number)):
+            pairs = reference.pairs(name)
+        if options.first_step or not alternation.is_group_start(self.number + 1):
+            reference.take(name, self._coming())
         else:
             reference.forget()
+        if pairs:
+            correct = functools.partial(parts.registry.correct_gradients, options=options, sub_net=name)
+            if parts.registry.extends("ast_correct_gradients"):
+                self._correction = correct_whole(pairs, correct)
+                parts.gradients.mask(name)  # a plugin's correction may have left the mask
+            else:
+                self._correction = correct_pairs(pairs, correct)
 
-    def _project(self, **arguments: Any) -> Correction | None:
-        registry = self._parts.registry
-        correction = registry.correct_gradients(options=self._parts.config.correction_options, **arguments)
-        if registry.extends("ast_correct_gradients"):
-            self._parts.gradients.mask_now(self.scheduled)  # a plugin's correction may have left the mask
-        return correction
+    def _coming(self) -> str | None:
+        """Return the sub-net of the next step if it will be compared at the masks that it has now."""
+        parts, step = self._parts, self.number + 1
+        if parts.registry.extends("ast_correct_gradients"):
+            return None
+        name = self._at(step)
+        return None if parts.updater.is_due(name, step, self.last_steps[name]) else name
 
     def _hand_over(self) -> None:
         """Give the optimizer the sub-net's own BatchNorm state, and remember what it must not move."""
         parts, name = self._parts, self.scheduled
         if parts.inactive is not None and parts.inactive.empty:
             parts.inactive.remember(parts.parameters, parts.optimizer)
-        parts.normalization.carry_optimizer_state(parts.optimizer, leaving=parts.normalization.carried, coming=name)
-        parts.normalization.carry(name)
         self._carrying = True
+        parts.normalization.hand_over(parts.optimizer, name)
 
     def _restore_rest(self) -> None:
         """Bring the default's BatchNorm state back into model and optimizer, if another's is handed over."""
         if self._carrying:
-            normalization = self._parts.normalization
-            normalization.carry_optimizer_state(
-                self._parts.optimizer, leaving=normalization.carried, coming=normalization.default
-            )
-            normalization.carry(normalization.default)
+            self._parts.normalization.take_back(self._parts.optimizer)
             self._carrying = False
 
     def _complete_masks(self) -> None:

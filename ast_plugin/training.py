@@ -275,7 +275,6 @@ class AlternatingSparseTraining:
 
     def attach(self) -> None:
         """Register the hooks; called once, by `wrap`."""
-        self._parts.gradients.attach()
         self._attachment = Attachment(self.model, self._parts.bare, self.optimizer, self._events)
 
     def _check_name(self, name: str) -> None:

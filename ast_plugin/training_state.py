@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ast_plugin.step import TrainingStep
 
 KEY = "ast_plugin"
-FORMAT = 1
+FORMAT = 2
 
 
 class RunState:
@@ -71,6 +71,7 @@ class RunState:
             masks = MaskStore(parts.names, parts.masks.shapes)
             for name in parts.names:
                 masks.unpack(name, state["masks"][name])
+            _check_reference(state["reference"], masks)
             statistics = Statistics(parts.names, window=1)
             statistics.load_state_dict(state["statistics"])
             number, last_steps = int(state["step"]), {name: state["last_steps"][name] for name in parts.names}
@@ -129,10 +130,20 @@ def _check(parts: RunParts, state: Mapping[str, Any]) -> None:
             f"({len(saved_private)} saved, {len(parts.normalization.names)} here); use the same model and "
             "private_normalization"
         )
-    _check_tensors("reference gradient", state["reference"]["gradients"], here)
     present = {name: tuple(tensor.shape) for name, tensor in parts.normalization.state(parts.default).items()}
     for tensors in private.values():
         _check_tensors("private BatchNorm tensor", tensors, present)
+
+
+def _check_reference(reference: Mapping[str, Any], masks: MaskStore) -> None:
+    coming = reference["coming"]
+    if coming is None:
+        shapes = dict(masks.shapes)
+    elif coming in masks.sub_nets:
+        shapes = {name: (masks.kept(coming, name),) for name in masks.parameters}
+    else:
+        raise StateError(f"the saved state has a reference for the unknown sub-net {coming!r}; load another checkpoint")
+    _check_tensors("reference gradient", reference["gradients"], shapes)
 
 
 def _check_tensors(what: str, tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -14,15 +14,17 @@ from ast_plugin.attachment import is_attached
 from ast_plugin.config import ASTConfig, CorrectionOptions, LayerSparsity, Moment
 from ast_plugin.distributions import Distribution, ExplicitDistribution
 from ast_plugin.errors import ConfigError, SelectionError, WrapError, near_names
-from ast_plugin.gradients import GradientMasks, GradientReference
+from ast_plugin.gradients import GradientMasks
 from ast_plugin.inactive import FrozenInactive
 from ast_plugin.masks import MaskStore
 from ast_plugin.methods import Method
 from ast_plugin.normalization import PrivateNormalization
+from ast_plugin.packed_masks import PackedMasks
 from ast_plugin.parameters import ParameterChoice
 from ast_plugin.parts import RunParts
 from ast_plugin.plans import build_plans
 from ast_plugin.plugins import PluginRegistry
+from ast_plugin.reference import GradientReference
 from ast_plugin.schedules import resolve_calendars
 from ast_plugin.slots import ParameterSlots, bare_model
 from ast_plugin.statistics import Statistics
@@ -204,6 +206,8 @@ def _build(
     normalization = PrivateNormalization(bare, names, default, enabled=config.private_normalization)
     _check_private_in_optimizer(optimizer, bare, normalization.parameter_names)
     normalization.adopt_optimizer_state(optimizer)
+    packed = PackedMasks(parameters, masks)
+    gradients = GradientMasks(parameters, masks, packed)
     window = (config.total_steps or 50 * _HISTORY_POINTS) // _HISTORY_POINTS
     return RunParts(
         config=config,
@@ -220,9 +224,9 @@ def _build(
         masks=masks,
         updater=updater,
         normalization=normalization,
-        activation=MaskedActivation(parameters, masks, normalization),
-        gradients=GradientMasks(parameters, masks),
-        reference=GradientReference(parameters, masks),
+        activation=MaskedActivation(packed, normalization),
+        gradients=gradients,
+        reference=GradientReference(packed, gradients),
         inactive=FrozenInactive() if config.inactive == "freeze" else None,
         grow_initialization=config.grow_initialization or method.grow_initialization,
         statistics=Statistics(names, window=max(window, len(names))),

@@ -10,13 +10,14 @@ from torch import nn
 from ast_plugin.activation import MaskedActivation
 from ast_plugin.masks import MaskStore
 from ast_plugin.normalization import PrivateNormalization
+from ast_plugin.packed_masks import PackedMasks
 from ast_plugin.slots import ParameterSlots
 
 
 def activation(model: nn.Module, names: list[str]) -> tuple[MaskedActivation, MaskStore]:
     masks = MaskStore(("a", "b"), {name: tuple(model.get_parameter(name).shape) for name in names})
     normalization = PrivateNormalization(model, ("a", "b"), "a")
-    return MaskedActivation(ParameterSlots(model, names), masks, normalization), masks
+    return MaskedActivation(PackedMasks(ParameterSlots(model, names), masks), normalization), masks
 
 
 def test_a_hand_worked_mask_zeroes_and_restores_in_place() -> None:

@@ -28,8 +28,11 @@ class Recorder:
         self.events.append("raised" if raised else "after_forward")
         return not raised
 
-    def after_backward(self) -> None:
-        self.events.append("after_backward")
+    def after_backward(self, completed: bool) -> None:
+        self.events.append("after_backward" if completed else "broken off")
+
+    def end_of_backward_unseen(self) -> None:
+        self.events.append("unseen")
 
     def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.events.append("before_step")

@@ -55,9 +55,9 @@ def test_optimizer_state_goes_with_the_sub_net() -> None:
     private = PrivateNormalization(model, ("a", "b"), "a")
     weight = model.norm0.weight
     optimizer.state[weight]["momentum_buffer"] = torch.full((8,), 5.0)
-    private.carry_optimizer_state(optimizer, leaving="a", coming="b")
+    private.hand_over(optimizer, "b")
     assert weight not in optimizer.state
-    private.carry_optimizer_state(optimizer, leaving="b", coming="a")
+    private.take_back(optimizer)
     assert torch.equal(optimizer.state[weight]["momentum_buffer"], torch.full((8,), 5.0))
 
 
@@ -83,9 +83,9 @@ def test_state_that_an_optimizer_makes_when_constructed_is_there_for_every_sub_n
     optimizer.state[weight]["sum"] = torch.full((8,), 0.1)
     private = PrivateNormalization(model, ("a", "b"), "a")
     private.adopt_optimizer_state(optimizer)
-    private.carry_optimizer_state(optimizer, leaving="a", coming="b")
+    private.hand_over(optimizer, "b")
     optimizer.state[weight]["sum"].add_(1.0)
-    private.carry_optimizer_state(optimizer, leaving="b", coming="a")
+    private.take_back(optimizer)
     assert optimizer.state[weight]["sum"].tolist() == [pytest.approx(0.1)] * 8
 
 
@@ -95,7 +95,7 @@ def test_a_fused_optimizer_gets_zeroed_state_instead_of_none() -> None:
     private = PrivateNormalization(model, ("a", "b"), "a")
     weight = model.norm0.weight
     optimizer.state[weight]["momentum_buffer"] = torch.full((8,), 5.0)
-    private.carry_optimizer_state(optimizer, leaving="a", coming="b")
+    private.hand_over(optimizer, "b")
     assert torch.equal(optimizer.state[weight]["momentum_buffer"], torch.zeros(8))
 
 
@@ -112,12 +112,11 @@ def test_a_saved_state_brings_every_bank_back() -> None:
     model = conv_net()
     optimizer = sgd(model)
     private = PrivateNormalization(model, ("a", "b"), "a")
-    private.carry("b")
+    private.hand_over(optimizer, "b")
     with torch.no_grad():
         model.norm0.weight.fill_(3.0)
     optimizer.state[model.norm0.weight]["momentum_buffer"] = torch.ones(8)
-    private.carry_optimizer_state(optimizer, leaving="b", coming="a")
-    private.carry("a")
+    private.take_back(optimizer)
     twin = PrivateNormalization(conv_net(), ("a", "b"), "a")
     twin.load_state_dict(private.state_dict())
     assert_same(twin.state_dict(), private.state_dict())

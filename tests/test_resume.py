@@ -171,8 +171,8 @@ def test_a_state_of_another_model_or_format_is_refused() -> None:
     other = ast_plugin.wrap(sgd(model), model, sparsities=(0.5, 0.8, 0.9), total_steps=60)
     with pytest.raises(ast_plugin.StateError, match="other prunable parameters"):
         other.load_state_dict(state)
-    with pytest.raises(ast_plugin.StateError, match="format 2, this version reads 1"):
-        ast.load_state_dict({**state, "format": 2})
+    with pytest.raises(ast_plugin.StateError, match="format 3, this version reads 2"):
+        ast.load_state_dict({**state, "format": 3})
 
 
 def test_a_damaged_state_changes_nothing() -> None:
@@ -204,7 +204,7 @@ def test_a_damaged_state_changes_nothing() -> None:
         assert ast.step == 20
         for name in ast.sub_nets:
             assert_same(masks[name], ast.masks.of(name))
-    for nothing in ({"format": 1}, 3):
+    for nothing in ({"format": 2}, 3):
         with pytest.raises(ast_plugin.StateError, match="damaged or none of this package"):
             ast.load_state_dict(nothing)  # type: ignore[arg-type]  # what a wrong file may hold
 

@@ -1,0 +1,83 @@
+"""The masks of every sub-net in the form in which steps apply them: pack by pack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ast_plugin.kept import Kept, KeptByPosition, Overlap, kept_elements
+from ast_plugin.masks import MaskStore
+from ast_plugin.packs import Layout, Pack, build_packs, order_of
+from ast_plugin.selection_kernels import count_kept
+
+
+class PackedMasks:
+    """Packs of the prunable parameters, and for each sub-net which elements of a pack it keeps.
+
+    Args:
+        parameters: The prunable parameters by name, resolved at every use.
+        masks: The masks; their forms here are made anew when they have changed.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], masks: MaskStore) -> None:
+        self._parameters = parameters
+        self._masks = masks
+        self._kinds: list[tuple[torch.dtype, torch.device]] = []
+        self._packs: tuple[Pack, ...] = ()
+        self._kept: dict[tuple[str, Pack, Layout], tuple[int, Kept]] = {}
+        self._overlaps: dict[tuple[str, str, Pack, Layout], Overlap] = {}
+
+    @property
+    def packs(self) -> tuple[Pack, ...]:
+        """The packs; new ones when parameters have moved to another device or dtype."""
+        parameters = list(self._parameters.values())
+        kinds = [(parameter.dtype, parameter.device) for parameter in parameters]
+        if kinds != self._kinds:
+            self._kinds = kinds
+            names = list(self._parameters)
+            self._packs = tuple(build_packs(self._masks.shapes, dict(zip(names, kinds, strict=True))))
+            self._kept.clear()
+            self._overlaps.clear()
+        return self._packs
+
+    def parameters(self, pack: Pack) -> list[Tensor]:
+        """Return the parameters of a pack."""
+        return [self._parameters[name] for name in pack.names]
+
+    def gradients(self, pack: Pack) -> list[Tensor | None]:
+        """Return the gradients of a pack's parameters."""
+        return [self._parameters[name].grad for name in pack.names]
+
+    def kept(self, sub_net: str, pack: Pack, tensors: Sequence[Tensor | None]) -> Kept:
+        """Return which elements of ``pack.vector(tensors)`` a sub-net keeps."""
+        layout = pack.layout(tensors)
+        revision = self._masks.revision(sub_net)
+        known = self._kept.get((sub_net, pack, layout))
+        if known is None or known[0] != revision:
+            self._kept[sub_net, pack, layout] = known = revision, self._make(sub_net, pack, layout)
+        return known[1]
+
+    def overlap(self, sub_net: str, other: str, pack: Pack, tensors: Sequence[Tensor | None]) -> Overlap | None:
+        """Return what two sub-nets have in common; None where one of them is not held as positions."""
+        ours, theirs = self.kept(sub_net, pack, tensors), self.kept(other, pack, tensors)
+        if not isinstance(ours, KeptByPosition) or not isinstance(theirs, KeptByPosition):
+            return None
+        key = sub_net, other, pack, pack.layout(tensors)
+        known = self._overlaps.get(key)
+        if known is None or known.one is not ours or known.other is not theirs:
+            self._overlaps[key] = known = Overlap(ours, theirs)
+        return known
+
+    def mask(self, sub_net: str, name: str) -> Tensor:
+        """Return the bool mask of one parameter, on its device."""
+        device = self._parameters[name].device
+        if self._masks.get(sub_net, name).device != device:
+            self._masks.move(sub_net, name, device)
+        return self._masks.get(sub_net, name)
+
+    def _make(self, sub_net: str, pack: Pack, layout: Layout) -> Kept:
+        parts = [order_of(self.mask(sub_net, name), layout) for name in pack.names]
+        mask = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return kept_elements(mask, count_kept(mask), pack.sizes)
