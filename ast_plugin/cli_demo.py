@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
 from ast_plugin.demo import DEFAULT_OUTPUT, run_demo
 from ast_plugin.demo_settings import DemoSettings
+from ast_plugin.errors import ConfigError
 from ast_plugin.sub_nets import is_n_of_m
 
 _DESCRIPTION = """\
@@ -139,15 +141,31 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Run the demo as the command line says."""
     given: dict[str, Any] = {name: value for name, value in vars(args).items() if name in _SETTINGS}
-    settings = DemoSettings(**given)
-    run_demo(
-        settings,
-        output=args.output,
-        resume=args.resume,
-        given=frozenset(given),
-        checkpoint_every=args.checkpoint_every,
-    )
+    try:
+        run_demo(
+            DemoSettings(**given),
+            output=args.output,
+            resume=args.resume,
+            given=frozenset(given),
+            checkpoint_every=args.checkpoint_every,
+        )
+    except ConfigError as error:
+        raise ConfigError(in_options(str(error))) from error
     return 0
+
+
+def in_options(message: str) -> str:
+    """Return a message about settings in the words of the command line: ``--drop-fraction`` for ``drop_fraction``.
+
+    Args:
+        message: What an error says. One-word settings are found at its beginning only: elsewhere they may be English.
+    """
+    message = message.replace(", exclude layers, or set allow_empty_layers=True", "")  # the demo has no such options
+    message = re.sub(r"\btotal_steps\b", "--steps", message)
+    for name in (*_SETTINGS, "checkpoint_every"):
+        found = rf"\b{name}\b" if "_" in name else rf"^{name}\b"
+        message = re.sub(found, f"--{name.replace('_', '-')}", message)
+    return message
 
 
 def sparsity(text: str) -> float | str:

@@ -160,6 +160,10 @@ class ASTConfig:
                 f"{near_names(str(self.default_sub_net), names)}"
             )
 
+    def __hash__(self) -> int:
+        # Not the one that dataclasses make: a mapping as distribution has no hash of its own.
+        return hash(tuple(_hashable(getattr(self, field.name)) for field in dataclasses.fields(self)))
+
     @property
     def sub_nets(self) -> tuple[SubNetSpec, ...]:
         """The sub-nets in training order, with names and patterns filled in."""
@@ -215,6 +219,10 @@ def _unit_interval(parameter: str, value: Any) -> float:
     if not is_number(value) or not 0 <= value < 1:
         raise ConfigError(f"{parameter} must lie in [0, 1), got {value!r}")
     return float(value)
+
+
+def _hashable(value: Any) -> Any:
+    return frozenset((key, _hashable(item)) for key, item in value.items()) if isinstance(value, Mapping) else value
 
 
 def _plain(entry: Any) -> Any:

@@ -31,6 +31,7 @@ from ast_plugin.elastic_contents import ElasticContents
 from ast_plugin.elastic_file import read_elastic
 from ast_plugin.elastic_fit import ModelTensors, check_fit, file_names
 from ast_plugin.errors import ActivationError, ConfigError, WrapError, near_names
+from ast_plugin.files import file_path
 
 # The token of the last Elastic of each model: two would take each other's tensors for the model's own.
 _current: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
@@ -47,10 +48,14 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> Elastic:
         model: The network, built as it was for training; also compiled, or wrapped for data-parallel use.
 
     Raises:
+        ConfigError: If `path` is no path, or `model` no model.
         ElasticFileError: If the file is missing, foreign, damaged or too new, or was made for another architecture; the
             message lists the first differences. The model is unchanged then.
         WrapError: If the model is still being trained by `ast_plugin.wrap`, which masks its weights itself.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}; call load(path, model)")
+    file_path(path)
     if is_attached(model):
         raise WrapError(
             f"{os.fspath(path)!r} cannot be loaded into a model that is wrapped for training: call detach() on its "

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import secrets
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from ast_plugin.errors import ASTError, SaveError
+from ast_plugin.errors import ASTError, ConfigError, SaveError
 
 _REMEDIES = {
     errno.ENOSPC: "free some space, or give another path",
@@ -30,14 +32,32 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "give a shorter name",
 }
 
+# After the prefix: the number of the process that writes, and something random.
+_TEMPORARY = re.compile(r"(?P<process>[0-9]+)-[0-9a-f]{8}\.tmp")
+# Names of the temporary files that this process is writing now; all others that carry its number are leftovers of an
+# earlier process, for in a container the training process may have the same number every time.
+_being_written: set[str] = set()
+
 _FULL = 1 << 20  # bytes: a disk with less room than this is taken for full when a writer fails
+
+
+def file_path(path: str | os.PathLike[str]) -> Path:
+    """Return `path` as a `Path`.
+
+    Raises:
+        ConfigError: If it is no path at all.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not path:
+        raise ConfigError(f"path must be the path of a file, got {path!r}")
+    return Path(path)
 
 
 def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
     """Let `write` make a file, and put it at `path` only when it is complete.
 
     Missing folders are made. A file that is replaced passes on its permissions; a symbolic link stays, and
-    the file that it points to is replaced.
+    the file that it points to is replaced. What writers of this file left behind under temporary names when they were
+    killed is removed.
 
     Args:
         path: Where the file shall be.
@@ -48,15 +68,17 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
             Errors of this package raised by `write` pass through as they are, and so do interrupts.
     """
     # The real path, because a rename would replace a symbolic link instead of the file behind it.
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(file_path(path)))
     if target.is_dir():
         raise SaveError(f"cannot write {os.fspath(path)!r}: {_REMEDIES[errno.EISDIR]}")
     if target.exists() and not target.is_file():
         # Renaming over a device or a pipe would replace it by a file for every program of the machine.
         raise SaveError(f"cannot write {os.fspath(path)!r}: it is no regular file; give the path of a file")
-    temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = target.with_name(f"{_temporary_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    _being_written.add(temporary.name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
         mode = _mode_of(target, temporary)
         write(temporary)
         temporary.chmod(mode)
@@ -68,6 +90,8 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
         if isinstance(error, ASTError) or not isinstance(error, Exception):
             raise
         raise SaveError(_explain(path, error, target)) from error
+    finally:
+        _being_written.discard(temporary.name)
     _flush_folder(target.parent)
 
 
@@ -91,6 +115,38 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
         SaveError: If it fails; the file that stood at `path` is untouched.
     """
     atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def _temporary_prefix(target: Path) -> str:
+    # The machine is part of the name, because process numbers mean nothing on another one that shares the folder.
+    machine = hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
+    return f".{target.name[:100]}.{machine}-"
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove temporary files of `target` whose writers are gone: each is as large as the file itself."""
+    prefix = _temporary_prefix(target)
+    with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
+        for entry in entries:
+            match = _TEMPORARY.fullmatch(entry.name.removeprefix(prefix)) if entry.name.startswith(prefix) else None
+            if match and entry.name not in _being_written and not _runs_elsewhere(int(match["process"])):
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.path)
+
+
+def _runs_elsewhere(process: int) -> bool:
+    """Return whether another process than this one has the number; where that cannot be asked, say so too."""
+    if process == os.getpid():
+        return False
+    if os.name != "posix":
+        return True  # there, asking with signal 0 ends the process
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _mode_of(target: Path, temporary: Path) -> int:

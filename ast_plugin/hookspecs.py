@@ -253,6 +253,8 @@ def ast_sub_net_switched(training: AlternatingSparseTraining, sub_net: str) -> N
 def ast_masks_updated(training: AlternatingSparseTraining, sub_net: str, step: int) -> None:
     """Observe: a sub-net has new masks, `training.masks`.
 
+    The step is not over yet: a checkpoint is to be written in `ast_step_finished`.
+
     Args:
         training: The controller that `ast_plugin.wrap` returned; the model is dense.
         sub_net: Name of the sub-net.
@@ -276,7 +278,7 @@ def ast_step_finished(training: AlternatingSparseTraining, step: int, sub_net: s
 
 @hookspec
 def ast_training_finished(training: AlternatingSparseTraining) -> None:
-    """Observe: the last of `total_steps` is over. Not called where the number of steps is unknown.
+    """Observe: the last of `total_steps` is over, or the user called `AlternatingSparseTraining.finish`.
 
     Args:
         training: The controller that `ast_plugin.wrap` returned; the model is dense.

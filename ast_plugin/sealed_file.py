@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ast_plugin.errors import ConfigError, ElasticFileError
-from ast_plugin.files import atomic_write
+from ast_plugin.files import atomic_write, file_path
 
 FORMAT = "ast_plugin.elastic"
 VERSION = 1
@@ -78,10 +78,14 @@ def read_sealed(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str,
     Raises:
         ElasticFileError: If the file is missing, foreign, truncated, damaged, or of a newer format version.
     """
+    found = file_path(path)
     name = os.fspath(path)
+    if found.exists() and not (found.is_file() or found.is_dir()):
+        # A device may go on for ever.
+        raise ElasticFileError(f"cannot read {name!r}: it is no regular file; give the path of an elastic file")
     try:
         # All of it, instead of a memory map: a file that is replaced in place later must not change what was checked.
-        data = Path(path).read_bytes()
+        data = found.read_bytes()
     except OSError as error:
         raise ElasticFileError(
             f"cannot read {name!r}: {error.strerror or error}; check the path and its permissions"

@@ -110,17 +110,25 @@ class TrainingStep:
         self.last_steps[name] = finished
         self.number += 1
         self._reset()
+        ended = self.number == parts.config.total_steps
+        if ended:
+            self._complete_masks()  # before a plugin may write a checkpoint: nothing completes them after a resume
         parts.registry.notify("ast_step_finished", training=self._owner, step=finished, sub_net=name)
         if self.scheduled != name:
             parts.registry.notify("ast_sub_net_switched", training=self._owner, sub_net=self.scheduled)
-        if self.number == parts.config.total_steps:
-            self._complete_masks()
+        if ended:
             parts.registry.notify("ast_training_finished", training=self._owner)
 
     def backward_ended(self) -> None:
         """Mask the gradients of the micro-batch that has just run."""
         if self._begun:
             self._parts.gradients.mask(self.scheduled)
+
+    def end(self) -> None:
+        """The user says that the run is over, which without `total_steps` nobody else can tell."""
+        self.settle()
+        self._complete_masks()
+        self._parts.registry.notify("ast_training_finished", training=self._owner)
 
     def settle(self) -> None:
         """Bring model and optimizer to rest, wherever a step or a backward was broken off. Idempotent."""

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.attachment import Attachment
+from ast_plugin.checkpoint import Stateful, load_objects, save_objects
 from ast_plugin.describe import Description, describe
+from ast_plugin.distributed import ranks
 from ast_plugin.elastic_file import write_elastic
 from ast_plugin.errors import ActivationError, ConfigError, near_names
 from ast_plugin.events import RunEvents
@@ -229,7 +231,8 @@ class AlternatingSparseTraining:
             if abs(plan.target_sparsity - self.masks.sparsity(name)) > _FAR_FROM_TARGET:
                 warnings.warn(
                     f"sub-net {name!r} is saved with sparsity {self.masks.sparsity(name):.3f}; its target is "
-                    f"{plan.target_sparsity:.3f}, which the masks reach at step {plan.calendar.end} (now {self.step})",
+                    f"{plan.target_sparsity:.3f}, which the masks reach at step {plan.calendar.end} (now {self.step})"
+                    + ("; call finish() when the run is over" if self.step >= plan.calendar.end else ""),
                     stacklevel=2,
                 )
         header: dict[str, Any] = {
@@ -255,16 +258,69 @@ class AlternatingSparseTraining:
                 header=header,
             )
 
+    def save_checkpoint(self, path: str | Path, *, random_state: bool = True, **extra: Any) -> None:
+        """Write everything that goes on from here: model, optimizer with the state of the run, and what else is given.
+
+        The file takes the place of an older one only when it is complete; a process that is killed leaves one or the
+        other. ``torch.load(path, weights_only=True)`` reads it too. Call it between two steps, and on one rank only.
+
+        Args:
+            path: The file.
+            random_state: Whether to save the global random generators of Python, NumPy and torch as well. In a run of
+                several processes, each of which has its own, they are left out.
+            **extra: By name, objects with ``state_dict()`` and ``load_state_dict()`` such as schedulers and gradient
+                scalers, and values: tensors, numbers, strings and containers of them.
+
+        Raises:
+            ConfigError: If something cannot be loaded with ``weights_only=True``, or a name is taken.
+            ActivationError: If a sub-net is on, inside ``with sub_net(...)``.
+            SaveError: If the file cannot be written; an older file is still there then.
+        """
+        self._refuse_in_block("save_checkpoint()")
+        self._step.settle()
+        save_objects(path, self._checkpointed(), extra, random_state=random_state and ranks() == 1)
+
+    def load_checkpoint(self, path: str | Path, *, random_state: bool = True, **objects: Stateful) -> dict[str, Any]:
+        """Go on from what `save_checkpoint` wrote.
+
+        Everything is loaded or nothing: after an error all objects are as they were.
+
+        Args:
+            path: The file.
+            random_state: Whether to restore the global random generators, where the file has them.
+            **objects: The objects that were saved beside model and optimizer, under the same names.
+
+        Returns:
+            The values that were saved, by name.
+
+        Raises:
+            StateError: If the file is missing or damaged, holds other objects, or does not fit this run.
+            ConfigError: If a name is taken, or something given cannot load a state.
+            ActivationError: If a sub-net is on, inside ``with sub_net(...)``.
+        """
+        self._refuse_in_block("load_checkpoint()")
+        return load_objects(path, self._checkpointed(), objects, random_state=random_state)
+
+    def finish(self) -> None:
+        """Say that the run is over, where it was given no `total_steps` that tells.
+
+        Sub-nets that were not trained again after the end of the mask schedule are brought to their target, as happens
+        by itself when `total_steps` is reached; then plugins are told. Weights stay as they are.
+
+        Raises:
+            ActivationError: If a sub-net is on, inside ``with sub_net(...)``.
+        """
+        self._refuse_in_block("finish()")
+        if self.step != self.config.total_steps:
+            self._step.end()
+
     def detach(self) -> nn.Module:
         """Remove every hook and return the model, an ordinary dense model with the default's BatchNorm state.
 
         Raises:
             ActivationError: If a sub-net is on, inside ``with sub_net(...)``.
         """
-        if self._events.chosen:
-            raise ActivationError(
-                f"detach() was called inside `with sub_net({self._events.chosen!r})`; leave the block first"
-            )
+        self._refuse_in_block("detach()")
         self._step.settle()
         if self._attachment is not None:
             self._attachment.remove()
@@ -280,3 +336,12 @@ class AlternatingSparseTraining:
     def _check_name(self, name: str) -> None:
         if name not in self.sub_nets:
             raise ConfigError(f"there is no sub-net {name!r}: {near_names(str(name), self.sub_nets)}")
+
+    def _refuse_in_block(self, call: str) -> None:
+        if self._events.chosen:
+            raise ActivationError(
+                f"{call} was called inside `with sub_net({self._events.chosen!r})`; leave the block first"
+            )
+
+    def _checkpointed(self) -> dict[str, Any]:
+        return {"model": self._parts.bare, "optimizer": self.optimizer}

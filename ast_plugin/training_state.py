@@ -76,11 +76,13 @@ class RunState:
             statistics.load_state_dict(state["statistics"])
             number, last_steps = int(state["step"]), {name: state["last_steps"][name] for name in parts.names}
             metrics = {name: dict(state["metrics"].get(name, {})) for name in parts.names}
+            changed = _changed(state["config"], parts.config.to_dict())
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise StateError(
                 f"the saved state is damaged or none of this package: {type(error).__name__}: {error}; load another "
                 "checkpoint"
             ) from error
+        _warn_of_other_settings(changed)  # here, because a warning may be made an error
         for parameter_name, parameter in parts.parameters.items():
             for name in parts.names:
                 parts.masks.set(name, parameter_name, masks.get(name, parameter_name).to(parameter.device))
@@ -89,7 +91,6 @@ class RunState:
         parts.statistics.load_state_dict(state["statistics"])
         self._metrics.update(metrics)
         self._step.restore(number, last_steps)
-        _warn_of_other_settings(state["config"], parts.config.to_dict())
 
 
 def _check(parts: RunParts, state: Mapping[str, Any]) -> None:
@@ -122,13 +123,30 @@ def _check(parts: RunParts, state: Mapping[str, Any]) -> None:
             f"the saved state belongs to other prunable parameters ({len(differences)} differ: "
             f"{'; '.join(differences[:3])}); use the same model, include and exclude"
         )
-    private = state["normalization"]["tensors"]
-    saved_private = {n for tensors in private.values() for n in tensors}
-    if len(parts.names) > 1 and saved_private != set(parts.normalization.names):
+    private, optimizer = state["normalization"]["tensors"], state["normalization"]["optimizer"]
+    waiting = {name for name in parts.names if name != parts.default}
+    if set(private) != waiting or set(optimizer) != waiting:
         raise StateError(
-            "the saved state and this run differ in their private BatchNorm tensors "
-            f"({len(saved_private)} saved, {len(parts.normalization.names)} here); use the same model and "
-            "private_normalization"
+            f"the saved state has private BatchNorm tensors of {', '.join(sorted(private)) or 'no sub-net'}, and needs "
+            f"them of {', '.join(sorted(waiting))}; it is damaged, load another checkpoint"
+        )
+    for name in sorted(waiting):
+        if set(private[name]) != set(parts.normalization.names):
+            raise StateError(
+                "the saved state and this run differ in their private BatchNorm tensors "
+                f"({len(private[name])} saved, {len(parts.normalization.names)} here); use the same model and "
+                "private_normalization"
+            )
+        unknown = sorted(set(optimizer[name]) - set(parts.normalization.parameter_names))
+        if unknown:
+            raise StateError(
+                f"the saved state has optimizer state of {unknown[0]!r}, which is no private BatchNorm parameter here; "
+                "load a checkpoint of the same model"
+            )
+    if state["reference"]["sub_net"] not in (None, *parts.names):
+        raise StateError(
+            f"the saved state has a reference gradient of {state['reference']['sub_net']!r}, which is no sub-net of "
+            "this run; it is damaged, load another checkpoint"
         )
     present = {name: tuple(tensor.shape) for name, tensor in parts.normalization.state(parts.default).items()}
     for tensors in private.values():
@@ -156,9 +174,10 @@ def _check_tensors(what: str, tensors: Mapping[str, Any], shapes: Mapping[str, t
             )
 
 
-def _warn_of_other_settings(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    changed = [
-        f"{name}={present[name]!r} (saved: {saved.get(name)!r})" for name in present if saved.get(name) != present[name]
-    ]
+def _changed(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={now!r} (saved: {saved.get(name)!r})" for name, now in present.items() if saved.get(name) != now]
+
+
+def _warn_of_other_settings(changed: list[str]) -> None:
     if changed:
         warnings.warn(f"the run goes on with other settings than it was saved with: {', '.join(changed)}", stacklevel=2)

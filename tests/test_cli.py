@@ -18,6 +18,7 @@ from torch import nn
 
 from ast_plugin import cli, cli_demo
 from ast_plugin.cli import main
+from ast_plugin.cli_demo import in_options
 from ast_plugin.config import ASTConfig
 from ast_plugin.demo_settings import DemoSettings
 from ast_plugin.elastic_file import write_elastic
@@ -96,13 +97,13 @@ def test_a_wrong_command_line_exits_with_2(argv: list[str], complaint: str, caps
 @pytest.mark.parametrize(
     ("argv", "complaint"),
     [
-        (["--sparsities", "1.5"], "sparsities must hold fractions of zeros in [0, 1), got 1.5"),
-        (["--sparsities", "0.5", "0.5"], "sparsities names the sub-net 's50' twice"),
+        (["--sparsities", "1.5"], "--sparsities must hold fractions of zeros in [0, 1), got 1.5"),
+        (["--sparsities", "0.5", "0.5"], "--sparsities names the sub-net 's50' twice"),
         (["--sparsities", "4:2"], "did you mean '2:4'?"),
-        (["--steps", "0"], "steps must be a positive whole number, got 0"),
-        (["--learning-rate", "0"], "learning_rate must be a number above 0, got 0.0"),
-        (["--drop-fraction", "1"], "drop_fraction must lie in [0, 1), got 1.0"),
-        (["--checkpoint-every", "0"], "checkpoint_every must be a positive number of steps, got 0"),
+        (["--steps", "0"], "--steps must be a positive whole number, got 0"),
+        (["--learning-rate", "0"], "--learning-rate must be a number above 0, got 0.0"),
+        (["--drop-fraction", "1"], "--drop-fraction must lie in [0, 1), got 1.0"),
+        (["--checkpoint-every", "0"], "--checkpoint-every must be a positive number of steps, got 0"),
     ],
 )
 def test_a_setting_out_of_its_range_exits_with_2_and_writes_nothing(
@@ -342,3 +343,28 @@ def test_values_that_are_no_numbers_are_explained(
 ) -> None:
     assert main(["demo", *arguments]) == cli.USAGE
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["report"], ["export", "--sub-net", "s75", "--to", "x.pt"]])
+def test_a_file_without_an_end_is_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    if not Path("/dev/zero").is_char_device():
+        pytest.skip("needs /dev/zero")
+    assert main([command[0], "/dev/zero", *command[1:]]) == cli.FAILED
+    assert "it is no regular file; give the path of an elastic file" in capsys.readouterr().err
+
+
+def test_errors_name_options_instead_of_parameters() -> None:
+    assert in_options("drop_fraction must lie in [0, 1)") == "--drop-fraction must lie in [0, 1)"
+    assert in_options("end_step must be a fraction of total_steps") == "--end-step must be a fraction of --steps"
+    assert in_options("steps must be a number of steps") == "--steps must be a number of steps"
+    assert in_options("keeps 4 weights; lower the sparsity, exclude layers, or set allow_empty_layers=True") == (
+        "keeps 4 weights; lower the sparsity"
+    )
+
+
+@pytest.mark.extra("demo")
+def test_a_sparsity_that_empties_layers_names_no_parameter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--sparsities", "0.99999", "--output", str(tmp_path / "run")]) == cli.USAGE
+    message = capsys.readouterr().err
+    assert "lower the sparsity" in message
+    assert "allow_empty_layers" not in message

@@ -134,3 +134,13 @@ def test_misspelt_parts_of_nested_settings_are_named() -> None:
 
 def test_a_drop_fraction_below_the_default_end_is_not_raised_to_it() -> None:
     assert ASTConfig(sparsities=(0.9,), drop_fraction=0.001).drop_fraction_end == 0.001
+
+
+def test_equal_configs_have_equal_hashes_also_with_a_mapping() -> None:
+    def config(first: float, second: float) -> ASTConfig:
+        spread = {"a.*": {"s50": first, "s90": 0.9}, "b": second}
+        return ASTConfig(sparsities=(0.5, 0.9), distribution=dict(reversed(spread.items())) if first == 0 else spread)
+
+    assert config(0, 0.0) == config(0.0, 0)
+    assert hash(config(0, 0.0)) == hash(config(0.0, 0))
+    assert len({config(0, 0.1), config(0, 0.1), config(0, 0.2), ASTConfig(sparsities=(0.5, 0.9))}) == 3

@@ -539,3 +539,10 @@ def test_a_model_that_is_trained_again_is_not_switched(elastic: Elastic) -> None
         elastic.switch("s80")
     ast.detach()
     elastic.switch("s80")
+
+
+def test_what_is_no_path_and_what_is_no_model_is_refused(path: Path) -> None:
+    with pytest.raises(ConfigError, match="path must be the path of a file, got None"):
+        load(None, network())  # type: ignore[arg-type]  # what users do
+    with pytest.raises(ConfigError, match=r"model must be a torch.nn.Module, got str; call load\(path, model\)"):
+        load(network(), str(path))  # type: ignore[arg-type]  # what users do

@@ -5,9 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import socket
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -202,3 +206,84 @@ def test_a_full_disk_is_recognised_whoever_writes(
         atomic_write(tmp_path / "file", write)
     assert (tmp_path / "file").read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def leftover_of(path: Path, process: int) -> Path:
+    """Make what `process` leaves behind when it is killed while it writes `path`."""
+    seen: list[str] = []
+
+    def write(temporary: Path) -> None:
+        seen.append(temporary.name)
+        raise ConfigError("far enough")
+
+    with pytest.raises(ConfigError):
+        atomic_write(path, write)
+    leftover = path.with_name(seen[0].replace(f"-{os.getpid()}-", f"-{process}-"))
+    leftover.write_bytes(b"half a fi")
+    return leftover
+
+
+@pytest.fixture(scope="module")
+def dead_process() -> int:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    return process.pid
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="elsewhere nobody can ask whether a process runs")
+
+
+@posix
+def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path: Path, dead_process: int) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    leftover = leftover_of(path, dead_process)
+    atomic_write_bytes(tmp_path / "b.bin", b"other")
+    assert leftover.exists()  # of another file: not ours to judge
+    atomic_write_bytes(path, b"new")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.bin", "b.bin"]
+    assert path.read_bytes() == b"new"
+
+
+@posix
+def test_only_leftovers_of_dead_processes_of_this_machine_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead_process: int
+) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    dead = leftover_of(path, dead_process)
+    # In a container every training process may be number 1: what carries our own number is no other's.
+    own = dead.with_name(dead.name.replace(f"-{dead_process}-", f"-{os.getpid()}-"))
+    alive = dead.with_name(dead.name.replace(f"-{dead_process}-", f"-{os.getppid()}-"))
+    similar = dead.with_name(dead.name.replace("a.bin.", "a.bin.mine."))
+    for file in (own, alive, similar):
+        file.write_bytes(b"x")
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    atomic_write_bytes(path, b"new")
+    assert all(file.exists() for file in (dead, own, alive, similar))
+    monkeypatch.undo()
+    atomic_write_bytes(path, b"new")
+    assert [file.exists() for file in (dead, own, alive, similar)] == [False, False, True, True]
+
+
+def test_two_writers_in_one_process_leave_each_other_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+
+    def write(temporary: Path) -> None:
+        atomic_write_bytes(path, b"inner")  # as another thread would, meanwhile
+        temporary.write_bytes(b"outer")
+
+    def early(temporary: Path) -> None:
+        temporary.write_bytes(b"outer")
+        atomic_write_bytes(path, b"inner")
+
+    for writer in (write, early):
+        atomic_write(path, writer)
+        assert path.read_bytes() == b"outer"
+        assert [file.name for file in tmp_path.iterdir()] == ["a.bin"]
+
+
+@pytest.mark.parametrize("nothing", [None, 3, ""])
+def test_what_is_no_path_is_refused(nothing: Any) -> None:
+    with pytest.raises(ConfigError, match=f"path must be the path of a file, got {nothing!r}"):
+        atomic_write_bytes(nothing, b"x")

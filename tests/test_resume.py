@@ -197,6 +197,11 @@ def test_a_damaged_state_changes_nothing() -> None:
             lambda s: s["normalization"]["tensors"]["s90"].update({"norm0.weight": torch.ones(3)}),
             r"private BatchNorm tensor 'norm0.weight' of shape \(3,\), this run has \(8,\)",
         ),
+        (lambda s: s["normalization"]["tensors"].pop("s80"), "tensors of s90, and needs them of s80, s90"),
+        (lambda s: s["normalization"]["optimizer"].pop("s80"), "it is damaged, load another checkpoint"),
+        (lambda s: s["normalization"]["tensors"]["s80"].pop("norm0.bias"), r"\(14 saved, 15 here\)"),
+        (lambda s: s["normalization"]["optimizer"]["s80"].update(nope={}), "optimizer state of 'nope'"),
+        (lambda s: s["reference"].update(sub_net="s99"), "reference gradient of 's99', which is no sub-net"),
     ]
     for change, message in cases:
         with pytest.raises(ast_plugin.StateError, match=message):
@@ -230,6 +235,18 @@ def test_going_on_with_other_settings_is_pointed_out() -> None:
     with pytest.warns(UserWarning, match=r"total_steps=90 \(saved: 60\), inactive='freeze' \(saved: 'coast'\)"):
         other_optimizer.load_state_dict(optimizer.state_dict())
     assert other_ast.step == 9
+
+
+def test_a_warning_made_an_error_changes_nothing() -> None:
+    model, optimizer, _ = wrapped()
+    train(model, optimizer, range(9))
+    other, other_optimizer, other_ast = wrapped(total_steps=90)
+    before = snapshot(other), through_disk(other_optimizer.state_dict())
+    with pytest.raises(UserWarning, match="other settings"):
+        other_optimizer.load_state_dict(optimizer.state_dict())
+    assert other_ast.step == 0
+    assert_same(before[0], snapshot(other))
+    assert_same(before[1], through_disk(other_optimizer.state_dict()))
 
 
 def test_the_state_is_a_copy_that_later_training_does_not_change() -> None:

@@ -809,3 +809,25 @@ def test_the_inner_models_state_dict_is_dense_too() -> None:
     for name, value in inner.state_dict().items():
         if name in ast.masks.parameters:
             assert torch.equal(value, before[name])
+
+
+def test_plugins_see_the_completed_masks_after_the_last_step() -> None:
+    seen = []
+
+    class Observer:
+        @ast_plugin.hookimpl
+        def ast_step_finished(self, training: Any, step: int) -> None:
+            if step == 29:
+                seen.append({name: round(training.masks.sparsity(name), 2) for name in training.sub_nets})
+
+    model = conv_net()
+    optimizer = sgd(model)
+    ast_plugin.wrap(
+        *(optimizer, model),
+        sparsities=(0.5, 0.8, 0.9),
+        total_steps=30,
+        alternation="fixed:s80",
+        plugins=[Observer()],
+    )
+    train(model, optimizer, range(30))
+    assert seen == [{"s50": 0.5, "s80": 0.8, "s90": 0.9}]
