@@ -62,7 +62,7 @@ class MaskedActivation:
         try:
             # Copies made under inference_mode could never take part in training later.
             with torch.inference_mode(False), torch.no_grad():
-                for pack in self._masks.packs:
+                for pack in self._masks.refresh():
                     parameters = self._masks.parameters(pack)
                     kept = self._masks.kept(sub_net, pack, parameters)
                     if not kept.everything:
@@ -90,9 +90,9 @@ class MaskedActivation:
         _forget_autocast_copies()
 
     def _room(self, pack: Pack, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Return memory for the dense values, the same at every step as long as it fits."""
+        """Return memory for the dense values, the same at every step; packs are new ones where dtypes change."""
         saved = self._saved.get(pack)
-        if saved is None or any(_misfit(room, parameter) for room, parameter in zip(saved, parameters, strict=True)):
+        if saved is None:
             known = self._masks.packs
             self._saved = {pack: rooms for pack, rooms in self._saved.items() if pack in known}
             saved = self._saved[pack] = [torch.empty_like(p, requires_grad=False) for p in parameters]
@@ -102,10 +102,6 @@ class MaskedActivation:
         """Take the sub-net off and free the copies."""
         self.take_off()
         self._saved.clear()
-
-
-def _misfit(room: Tensor, parameter: Tensor) -> bool:
-    return room.dtype != parameter.dtype or room.device != parameter.device
 
 
 def _forget_autocast_copies() -> None:

@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ast_plugin.errors import ActivationError
+
+_Place = tuple[nn.Module, str]
+
 _AFFINE = ("weight", "bias")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -40,8 +44,8 @@ class PrivateNormalization:
         self.default = default
         self.carried = default
         self.handed_over: str | None = None
-        self._parameters: dict[str, tuple[nn.Module, str]] = {}
-        self._buffers: dict[str, tuple[nn.Module, str]] = {}
+        parameters: dict[str, _Place] = {}
+        buffers: dict[str, _Place] = {}
         if enabled and len(sub_nets) > 1:
             seen: set[int] = set()
             for path, module in batch_norm_modules(model).items():
@@ -50,89 +54,73 @@ class PrivateNormalization:
                     parameter = module._parameters.get(attribute)
                     if parameter is not None and id(parameter) not in seen:
                         seen.add(id(parameter))
-                        self._parameters[prefix + attribute] = (module, attribute)
+                        parameters[prefix + attribute] = (module, attribute)
                 for attribute in _STATISTICS:
                     buffer = module._buffers.get(attribute)
                     if buffer is not None and id(buffer) not in seen:
                         seen.add(id(buffer))
-                        self._buffers[prefix + attribute] = (module, attribute)
+                        buffers[prefix + attribute] = (module, attribute)
+        # There are hundreds of these tensors: everything done at every step goes through lists in this order.
+        self.names: tuple[str, ...] = (*parameters, *buffers)
+        self.parameter_names: tuple[str, ...] = tuple(parameters)
+        self._parameters = tuple(parameters.values())
+        self._buffers = tuple(buffers.values())
         with torch.inference_mode(False), torch.no_grad():
-            self._banks: dict[str, dict[str, Tensor]] = {
-                name: {key: tensor.detach().clone() for key, tensor in self._present().items()}
+            self._banks: dict[str, list[Tensor]] = {
+                name: [] if name == default else [tensor.detach().clone() for tensor in self.tensors()]
                 for name in sub_nets
-                if name != default
             }
-            self._banks[default] = {}
         self._optimizer_states: dict[str, dict[str, Any]] = {name: {} for name in sub_nets}
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """State-dict names of all private tensors."""
-        return (*self._parameters, *self._buffers)
+    def tensors(self) -> list[Tensor]:
+        """Return the model's own private tensors, in the order of `names`."""
+        return [*self._present_parameters(), *_present([module._buffers[name] for module, name in self._buffers])]
 
-    @property
-    def parameter_names(self) -> tuple[str, ...]:
-        """Names of the private parameters, a part of `names`."""
-        return tuple(self._parameters)
-
-    def _present(self) -> dict[str, Tensor]:
-        tensors = self._present_parameters()
-        for name, (module, attribute) in self._buffers.items():
-            buffer = module._buffers[attribute]
-            if buffer is not None:
-                tensors[name] = buffer
-        return tensors
-
-    def _present_parameters(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for name, (module, attribute) in self._parameters.items():
-            parameter = module._parameters[attribute]
-            if parameter is not None:
-                tensors[name] = parameter
-        return tensors
+    def _present_parameters(self) -> list[Tensor]:
+        return _present([module._parameters[name] for module, name in self._parameters])
 
     def adopt_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Give every sub-net a copy of the state that the optimizer has for the private parameters already.
 
         Some optimizers make their state when they are constructed and fail where it is missing.
         """
-        for name, (module, attribute) in self._parameters.items():
-            parameter = module._parameters[attribute]
-            if parameter is not None and parameter in optimizer.state:
+        for name, parameter in zip(self.parameter_names, self._present_parameters(), strict=True):
+            if parameter in optimizer.state:
                 for sub_net, entries in self._optimizer_states.items():
                     if sub_net != self.carried:
                         entries[name] = _copied(optimizer.state[parameter])
 
     def carry(self, sub_net: str) -> None:
         """Put the state of `sub_net` into the model, and the one found there into its bank."""
-        if sub_net != self.carried and (self._parameters or self._buffers):
-            self._exchange(self._present(), leaving=self.carried, coming=sub_net)
+        if sub_net != self.carried and self.names:
+            self._exchange(self.tensors(), leaving=self.carried, coming=sub_net)
         self.carried = sub_net
 
-    def _exchange(self, present: Mapping[str, Tensor], *, leaving: str, coming: str) -> None:
-        """Copy the model's tensors into one bank, and those of another one into the model."""
-        bank, other = self._banks[leaving], self._banks[coming]
-        tensors = list(present.values())
+    def _exchange(self, tensors: list[Tensor], *, leaving: str, coming: str) -> None:
+        """Copy the model's first tensors into one bank, and those of another one into the model."""
+        bank, count = self._banks[leaving], len(tensors)
         with torch.inference_mode(False), torch.no_grad():
-            first = bank.get(next(iter(present)))
-            if first is None or first.device != tensors[0].device:  # never used, or the model has been moved
-                wanted = self._present() if first is None else present
-                bank.update({name: torch.empty_like(tensor, requires_grad=False) for name, tensor in wanted.items()})
-            # Hundreds of tiny tensors: a call for each would take longer than the copying.
-            torch._foreach_copy_([bank[name] for name in present], tensors)
-            torch._foreach_copy_(tensors, [other[name] for name in present])
+            if not bank:
+                bank += [torch.empty_like(tensor, requires_grad=False) for tensor in self.tensors()]
+            elif (bank[0].device, bank[0].dtype) != (tensors[0].device, tensors[0].dtype):  # the model was converted
+                bank[:count] = [torch.empty_like(tensor, requires_grad=False) for tensor in tensors]
+            # A call for each of hundreds of tiny tensors would take longer than the copying.
+            torch._foreach_copy_(bank[:count], tensors)
+            torch._foreach_copy_(tensors, self._banks[coming][:count])
 
     def state(self, sub_net: str) -> dict[str, Tensor]:
-        """Return copies of the private tensors of `sub_net` by state-dict name."""
-        source = self._present() if sub_net == self.carried else self._banks[sub_net]
-        return {name: source[name].detach().clone() for name in self.names}
+        """Return copies of the private tensors of `sub_net` by state-dict name, in the model's present dtypes."""
+        present = self.tensors()
+        source = present if sub_net == self.carried else self._banks[sub_net]
+        named = zip(self.names, source, present, strict=True)
+        return {name: tensor.detach().to(like, copy=True) for name, tensor, like in named}
 
     def load(self, sub_net: str, state: Mapping[str, Tensor]) -> None:
         """Set the private tensors of `sub_net` in place from `state`, which must hold all of `names`."""
-        target = self._present() if sub_net == self.carried else self._banks[sub_net]
+        target = self.tensors() if sub_net == self.carried else self._banks[sub_net]
         with torch.inference_mode(False), torch.no_grad():
-            for name in self.names:
-                target[name].copy_(state[name])
+            for name, tensor in zip(self.names, target, strict=True):
+                tensor.copy_(state[name])
 
     def hand_over(self, optimizer: torch.optim.Optimizer, sub_net: str) -> None:
         """Give the optimizer the private parameters of `sub_net` for its step, with their optimizer state.
@@ -155,13 +143,11 @@ class PrivateNormalization:
     def _swap_parameters(self, optimizer: torch.optim.Optimizer, *, leaving: str, coming: str) -> None:
         if leaving == coming or not self._parameters:
             return
-        self._exchange(self._present_parameters(), leaving=leaving, coming=coming)
+        parameters = self._present_parameters()
+        self._exchange(parameters, leaving=leaving, coming=coming)
         out, into = self._optimizer_states[leaving], self._optimizer_states[coming]
         fused = any(group.get("fused") for group in optimizer.param_groups)
-        for name, (module, attribute) in self._parameters.items():
-            parameter = module._parameters[attribute]
-            if parameter is None:
-                continue
+        for name, parameter in zip(self.parameter_names, parameters, strict=True):
             if parameter in optimizer.state:
                 out[name] = optimizer.state.pop(parameter)
             else:
@@ -197,11 +183,19 @@ class PrivateNormalization:
         """Take over what `state_dict` returned; the model itself must carry the state it carried then."""
         for name, tensors in state["tensors"].items():
             self.load(name, tensors)
-        present = self._present()
+        devices = dict(zip(self.parameter_names, [p.device for p in self._present_parameters()], strict=True))
         for name, entries in state["optimizer"].items():
-            self._optimizer_states[name] = {
-                key: _copied(entry, device=present[key].device) for key, entry in entries.items()
-            }
+            self._optimizer_states[name] = {key: _copied(entry, device=devices[key]) for key, entry in entries.items()}
+
+
+def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    present = [tensor for tensor in tensors if tensor is not None]
+    if len(present) < len(tensors):
+        raise ActivationError(
+            "a BatchNorm parameter or statistic is gone: it was private to each sub-net when the model was wrapped, "
+            "and is None now; call detach() before taking it away"
+        )
+    return present
 
 
 def _copied(value: Any, device: torch.device | None = None) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from ast_plugin.kept import Kept, KeptByPosition, Overlap, kept_elements
 from ast_plugin.masks import MaskStore
 from ast_plugin.packs import Layout, Pack, build_packs, order_of
 from ast_plugin.selection_kernels import count_kept
+from ast_plugin.slots import ParameterSlots
 
 
 class PackedMasks:
@@ -21,7 +22,7 @@ class PackedMasks:
         masks: The masks; their forms here are made anew when they have changed.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], masks: MaskStore) -> None:
+    def __init__(self, parameters: ParameterSlots, masks: MaskStore) -> None:
         self._parameters = parameters
         self._masks = masks
         self._kinds: list[tuple[torch.dtype, torch.device]] = []
@@ -31,12 +32,15 @@ class PackedMasks:
 
     @property
     def packs(self) -> tuple[Pack, ...]:
-        """The packs; new ones when parameters have moved to another device or dtype."""
-        parameters = list(self._parameters.values())
-        kinds = [(parameter.dtype, parameter.device) for parameter in parameters]
+        """The packs, as `refresh` last found them."""
+        return self._packs or self.refresh()
+
+    def refresh(self) -> tuple[Pack, ...]:
+        """Return the packs, new ones when parameters have moved to another device or dtype."""
+        names = self._masks.parameters
+        kinds = [(parameter.dtype, parameter.device) for parameter in self._parameters.of(names)]
         if kinds != self._kinds:
             self._kinds = kinds
-            names = list(self._parameters)
             self._packs = tuple(build_packs(self._masks.shapes, dict(zip(names, kinds, strict=True))))
             self._kept.clear()
             self._overlaps.clear()
@@ -44,11 +48,11 @@ class PackedMasks:
 
     def parameters(self, pack: Pack) -> list[Tensor]:
         """Return the parameters of a pack."""
-        return [self._parameters[name] for name in pack.names]
+        return list(self._parameters.of(pack.names))
 
     def gradients(self, pack: Pack) -> list[Tensor | None]:
         """Return the gradients of a pack's parameters."""
-        return [self._parameters[name].grad for name in pack.names]
+        return [parameter.grad for parameter in self._parameters.of(pack.names)]
 
     def kept(self, sub_net: str, pack: Pack, tensors: Sequence[Tensor | None]) -> Kept:
         """Return which elements of ``pack.vector(tensors)`` a sub-net keeps."""

@@ -36,13 +36,20 @@ class ParameterSlots(Mapping[str, nn.Parameter]):
     def __getitem__(self, name: str) -> nn.Parameter:
         """Return the parameter of that name."""
         module, attribute = self._places[name]
-        parameter = module._parameters[attribute]
+        parameter = module._parameters.get(attribute)
         if parameter is None:
             raise ActivationError(
                 f"parameter {name!r} is gone: it was a weight to prune when the model was wrapped, and is None now; "
                 "call detach() before taking parameters away"
             )
         return parameter
+
+    def of(self, names: Iterable[str]) -> list[nn.Parameter]:
+        """Return the parameters of these names; several times as fast as asking for one after the other."""
+        places = self._places
+        found = [module._parameters.get(attribute) for module, attribute in [places[name] for name in names]]
+        present = [parameter for parameter in found if parameter is not None]
+        return present if len(present) == len(found) else [self[name] for name in names]
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names."""
