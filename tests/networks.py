@@ -89,19 +89,16 @@ def train(
         train_step(model, optimizer, batch(step))
 
 
+SETTINGS: dict[str, Any] = {"sparsities": (0.5, 0.8, 0.9), "total_steps": 60, "update_interval": 6}
+
+
 def wrapped(
     model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None, **options: Any
 ) -> tuple[nn.Module, torch.optim.Optimizer, ast_plugin.AlternatingSparseTraining]:
     """Return a model, its optimizer and a controller with three sub-nets and a dense schedule of updates."""
     model = conv_net() if model is None else model
     optimizer = sgd(model) if optimizer is None else optimizer
-    settings: dict[str, Any] = {
-        "sparsities": (0.5, 0.8, 0.9),
-        "total_steps": 60,
-        "update_interval": 6,
-        **options,
-    }
-    return model, optimizer, ast_plugin.wrap(optimizer, model, **settings)
+    return model, optimizer, ast_plugin.wrap(optimizer, model, **{**SETTINGS, **options})
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
