@@ -74,6 +74,10 @@ class PrivateNormalization:
         """Names of the private parameters, a part of `names`."""
         return tuple(self._parameters)
 
+    def tensors(self) -> list[Tensor]:
+        """Return the model's own private tensors, which `carry` writes to, in a fixed order."""
+        return list(self._present().values())
+
     def _present(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for name, (module, attribute) in self._parameters.items():
@@ -108,7 +112,7 @@ class PrivateNormalization:
             leaving, coming = self._banks[self.carried], self._banks[sub_net]
             for name, tensor in present.items():
                 kept = leaving.get(name)
-                if kept is None or kept.device != tensor.device or kept.shape != tensor.shape:
+                if kept is None or (kept.device, kept.dtype, kept.shape) != (tensor.device, tensor.dtype, tensor.shape):
                     leaving[name] = tensor.detach().clone()
                 else:
                     kept.copy_(tensor)
@@ -116,9 +120,10 @@ class PrivateNormalization:
         self.carried = sub_net
 
     def state(self, sub_net: str) -> dict[str, Tensor]:
-        """Return copies of the private tensors of `sub_net` by state-dict name."""
-        source = self._present() if sub_net == self.carried else self._banks[sub_net]
-        return {name: source[name].detach().clone() for name in self.names}
+        """Return copies of the private tensors of `sub_net` by state-dict name, in the model's present dtypes."""
+        present = self._present()
+        source = present if sub_net == self.carried else self._banks[sub_net]
+        return {name: source[name].detach().to(present[name], copy=True) for name in self.names}
 
     def load(self, sub_net: str, state: Mapping[str, Tensor]) -> None:
         """Set the private tensors of `sub_net` in place from `state`, which must hold all of `names`."""
