@@ -23,6 +23,7 @@ from ast_plugin.parameters import ParameterChoice
 from ast_plugin.parts import RunParts
 from ast_plugin.plans import build_plans
 from ast_plugin.plugins import PluginRegistry
+from ast_plugin.rewinding import RewindableActivation
 from ast_plugin.schedules import resolve_calendars
 from ast_plugin.slots import ParameterSlots, bare_model
 from ast_plugin.statistics import Statistics
@@ -220,7 +221,12 @@ def _build(
         masks=masks,
         updater=updater,
         normalization=normalization,
-        activation=MaskedActivation(parameters, masks, normalization),
+        activation=RewindableActivation(
+            MaskedActivation(parameters, masks, normalization),
+            lambda: [*parameters.values(), *normalization.tensors()],
+            len(parameters) + len(normalization.parameter_names),
+            masks.of,
+        ),
         gradients=GradientMasks(parameters, masks),
         reference=GradientReference(parameters, masks),
         inactive=FrozenInactive() if config.inactive == "freeze" else None,
