@@ -43,6 +43,16 @@ def mlp(seed: int = 0) -> nn.Sequential:
     return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
 
 
+def plain_conv_net() -> ConvNet:
+    """Return `conv_net` without BatchNorm."""
+    net = conv_net()
+    net.norm0, net.norm1, net.norm2 = nn.Identity(), nn.Identity(), nn.Identity()
+    return net
+
+
+BATCH_NORM_FREE: list[Callable[[], nn.Module]] = [plain_conv_net, mlp]
+
+
 def sgd(model: nn.Module, **options: Any) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), **{"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, **options})
 

@@ -106,8 +106,8 @@ def test_loss_scaling_is_bit_identical_to_plain_loss_scaling(build: Any) -> None
 @pytest.mark.parametrize("net", [conv_net, mlp])
 @pytest.mark.parametrize("build", [sgd, adamw, fused_sgd, fused_adamw])
 def test_overflowed_steps_count_for_nothing(build: Any, net: Any) -> None:
-    # The reference knows of no scale; powers of two leave no rounding behind. It sees the batches that overflow, because
-    # running statistics follow those in the plain loop too, and makes no step.
+    # The reference knows of no scale; powers of two leave no rounding behind. It sees the batches that overflow,
+    # because running statistics follow those in the plain loop too, and makes no step.
     overflows = overflows_for(build)
     rounding: dict[str, Any] = {}
     if build is fused_sgd:
