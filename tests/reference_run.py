@@ -25,6 +25,7 @@ from ast_plugin.masks import MaskStore
 from ast_plugin.plans import build_plans
 from ast_plugin.plugins import PluginRegistry
 from ast_plugin.schedules import resolve_calendars
+from ast_plugin.slots import bare_model
 from ast_plugin.updates import MaskUpdater
 
 BuildOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -211,7 +212,7 @@ def assert_runs_agree(
         for parameter in ast.masks.parameters:
             ours, theirs = ast.masks.get(name, parameter), reference.masks.get(name, parameter)
             assert torch.equal(ours, theirs), f"masks of {parameter} in {name} differ in {int((ours != theirs).sum())}"
-    ours_by_name = {("dense", n): t for n, t in snapshot(ast.model).items()}
+    ours_by_name = {("dense", n): t for n, t in snapshot(bare_model(ast.model)).items()}
     theirs_by_name = {("dense", n): t for n, t in snapshot(reference.model).items()}
     for name in ast.sub_nets:
         ours_by_name |= {(name, n): t for n, t in ast.private_state(name).items()}

@@ -226,6 +226,22 @@ def test_blocks_of_a_twin_nest_and_end_dense_after_an_exception() -> None:
         assert int((ast.model.conv2.weight == 0).sum()) < zeros()
 
 
+def test_a_twin_of_a_copy_starts_as_the_run_is_and_follows_it_on_request() -> None:
+    model, optimizer, ast = wrapped(**BUSY)
+    for step in range(6):
+        plain_step(model, optimizer, step)
+    twin = ast.twin(copy.deepcopy(model))
+    for name in ast.sub_nets:
+        assert_same(ast.materialize(name), twin.materialize(name))
+    kept = {name: twin.private_state(name) for name in ("s80", "s90")}
+    for step in range(6, 12):
+        plain_step(model, optimizer, step)
+    assert_same(kept, {name: twin.private_state(name) for name in ("s80", "s90")})
+    twin.update(get_ema_avg_fn(0.9))  # the first call takes over
+    for name in ("s80", "s90"):
+        assert_same(ast.private_state(name), twin.private_state(name))
+
+
 def test_what_is_no_twin_is_refused() -> None:
     model, _, ast = wrapped(**BUSY)
     with pytest.raises(ast_plugin.WrapError, match="being trained by a run itself"):

@@ -224,6 +224,20 @@ def test_a_graph_from_before_a_step_or_a_change_is_refused_as_without_sub_nets()
         while_on.backward()
 
 
+def test_a_graph_recorded_at_rest_is_good_after_another_was_gone_through_again() -> None:
+    # A penalty on the dense weights, recorded between two backward passes through the network.
+    model, _, ast = wrapped(mlp(), method="static")
+    first, second = (loss(model) for loss in separate_losses(model, 0))
+    first.backward()
+    penalty = model[2].weight.square().sum()
+    second.backward()
+    model.zero_grad()
+    penalty.backward()
+    weight, name = model[2].weight, ast.active
+    expected = 2 * weight.detach() * ast.masks.get(name, "2.weight")
+    assert torch.equal(weight.grad, expected)
+
+
 def test_a_graph_from_before_a_mask_update_is_never_gone_through_with_other_masks() -> None:
     model, optimizer, ast = wrapped(mlp(), **BUSY)
     train(model, optimizer, range(3), vector_batch)

@@ -152,6 +152,11 @@ def test_a_model_converted_after_wrapping_trains_saves_and_evaluates(dtype: torc
     for name in ast.sub_nets:
         assert {t.dtype for t in ast.private_state(name).values() if t.is_floating_point()} == {dtype}, name
     ast.save(tmp_path / "converted.safetensors")
+    for name in reversed(ast.sub_nets):  # every state has been in the model and left it again
+        with ast.sub_net(name):
+            pass
+    assert {t.dtype for banks in ast.state_dict()["normalization"]["tensors"].values()
+            for t in banks.values() if t.is_floating_point()} == {dtype}  # fmt: skip
     for step in range(6):
         inputs, labels = batch_for(model, step)
         optimizer.zero_grad()
