@@ -19,20 +19,23 @@ import torch
 from torch import Tensor
 
 from ast_plugin.activation import Activation
+from ast_plugin.errors import ActivationError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Mark:
     """What was on the model when a graph was recorded.
 
     Attributes:
         sub_net: The sub-net that was on.
+        episode: Which putting on it was.
         masks: Its masks then. A mask that changes is replaced, so comparing identities is exact.
         versions: Version numbers of the tensors that change with the sub-net.
         writes: How many times somebody else had been found to have written to them.
     """
 
     sub_net: str
+    episode: int
     masks: Mapping[str, Tensor]
     versions: Sequence[int]
     writes: int
@@ -62,6 +65,8 @@ class RewindableActivation:
         self._put_on: list[int] = []
         self._rest: list[int] = []
         self._writes = 0
+        self._episodes = 0
+        self._episode = 0
         self._resume: list[int] | None = None
 
     @property
@@ -77,6 +82,8 @@ class RewindableActivation:
         self._notice_writes()
         self._inner.put_on(sub_net)
         self._put_on = self._versions()
+        self._episodes += 1
+        self._episode = self._episodes
 
     def take_off(self) -> None:
         """Give the model its dense weights back; does nothing when it has them."""
@@ -95,16 +102,31 @@ class RewindableActivation:
         """Return what is on the model now, None when it is dense."""
         if self._inner.worn is None:
             return None
-        return Mark(self._inner.worn, dict(self._masks_of(self._inner.worn)), self._versions(), self._writes)
+        return Mark(
+            sub_net=self._inner.worn,
+            episode=self._episode,
+            masks=dict(self._masks_of(self._inner.worn)),
+            versions=self._versions(),
+            writes=self._writes,
+        )
 
     def rewind(self, mark: Mark) -> None:
         """Bring the model to where it was at `mark`, for a backward pass; without effect if that is over.
 
         Args:
             mark: What `mark` returned right after the graph had been recorded.
+
+        Raises:
+            ActivationError: If parameters are sharded: their graphs gather them anew and notice nothing.
         """
-        if self._inner.worn == mark.sub_net and self._versions() == mark.versions:
+        if self._inner.worn == mark.sub_net and self._episode == mark.episode:
             return
+        if any(hasattr(tensor, "device_mesh") for tensor in self._tensors()):
+            raise ActivationError(
+                f"backward goes through a forward of sub-net {mark.sub_net!r}, which was taken off since (by another "
+                "backward, an evaluation or a state_dict), and sharded parameters cannot be brought back; run backward "
+                "right after its forward, and once"
+            )
         self.take_off()
         self._notice_writes()
         masks = self._masks_of(mark.sub_net)
@@ -115,6 +137,7 @@ class RewindableActivation:
         self._resume = resume
         _set_versions(self._tensors(), mark.versions)
         self._put_on = list(mark.versions)
+        self._episode = mark.episode
 
     def release(self) -> None:
         """Take the sub-net off and free what is kept for putting one on."""
