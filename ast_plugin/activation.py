@@ -2,7 +2,7 @@
 
 Masked today: dropped weights are zeroed in place, the dense values wait in a copy. In place, because compiled graphs,
 FSDP and activation checkpointing all keep looking at the same tensor; swapping ``param.data`` fails there without a
-word. A channel sub-net that computes with physically smaller weights is another `Activation` with the same three
+word. A channel sub-net that computes with physically smaller weights is another `Activation` with the same
 methods.
 """
 
@@ -31,6 +31,9 @@ class Activation(Protocol):
 
     def take_off(self) -> None:
         """Give the model its dense weights back; does nothing when it has them."""
+
+    def release(self) -> None:
+        """Take the sub-net off and free what is kept for putting one on."""
 
 
 class MaskedActivation:

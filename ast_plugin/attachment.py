@@ -19,6 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
+NO_BACKWARD = -1
+
 _attached: weakref.WeakSet[object] = weakref.WeakSet()
 
 
@@ -28,8 +30,11 @@ class TrainingEvents(Protocol):
     def before_forward(self) -> None:
         """The model's forward is about to run."""
 
-    def after_forward(self, raised: bool) -> bool:
-        """The forward has run, or raised. Returns whether the end of backward is to be reported."""
+    def after_forward(self, raised: bool) -> object | None:
+        """The forward has run, or raised. Returns what backward is to be reported with; None: do not report it."""
+
+    def before_backward(self, passed: Any) -> None:
+        """A backward through a forward begins, for which `after_forward` returned `passed`."""
 
     def after_backward(self, completed: bool) -> None:
         """Backward has ended; not `completed` after an exception."""
@@ -71,7 +76,7 @@ class Attachment:
     ) -> None:
         self._model = model
         self._events = events
-        self._reported = True
+        self._backward = NO_BACKWARD
         hook = functools.partial(_ModelHook, before_copy=events.before_state_access)
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(hook(_uncompiled(self._before_forward)), prepend=True),
@@ -105,8 +110,10 @@ class Attachment:
             self._events.before_forward()
 
     def _after_forward(self, module: nn.Module, _: Any, output: Any) -> None:
-        if module is self._model and self._events.after_forward(output is None):
-            self._report_end_of_backward(output)
+        if module is self._model:
+            passed = self._events.after_forward(output is None)
+            if passed is not None:
+                self._report_backward(output, passed)
 
     def _before_state_access(self, module: nn.Module, *_: Any) -> None:
         if module in self._stateful:
@@ -116,19 +123,26 @@ class Attachment:
         if module in self._stateful:
             self._events.before_load()
 
-    def _report_end_of_backward(self, output: Any) -> None:
-        self._reported = False
+    def _report_backward(self, output: Any, passed: object) -> None:
         tensors = [tensor for tensor in _tensors(output) if tensor.requires_grad]
         for tensor in tensors:
-            tensor.register_hook(self._backward_began)
+            tensor.register_hook(functools.partial(self._backward_began, passed))
         if not tensors:
             self._events.end_of_backward_unseen()
 
-    def _backward_began(self, _: Tensor) -> None:
+    def _backward_began(self, passed: object, _: Tensor) -> None:
         # From the outermost graph: queued inside a nested backward (reentrant checkpointing) it would come early.
-        if not self._reported:
-            self._reported = True
-            _queue(_EndOfBackward(self._events.after_backward))
+        backward = current_backward()
+        if self._backward != backward:  # several outputs, or several forwards, in one backward
+            self._backward = backward
+            self._events.before_backward(passed)
+            if not torch.is_grad_enabled():  # create_graph: a second backward through this one needs the same weights
+                _queue(_EndOfBackward(self._events.after_backward))
+
+
+def current_backward() -> int:
+    """Return a number that no other backward pass of this process has, `NO_BACKWARD` outside of any."""
+    return torch._C._current_graph_task_id()
 
 
 def is_attached(thing: nn.Module | torch.optim.Optimizer) -> bool:

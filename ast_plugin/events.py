@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from ast_plugin.attachment import NO_BACKWARD, current_backward
 from ast_plugin.errors import ActivationError
 from ast_plugin.parts import RunParts
+from ast_plugin.rewinding import Mark
 from ast_plugin.step import TrainingStep
 from ast_plugin.training_state import KEY, RunState
 
@@ -58,8 +60,14 @@ class RunEvents:
 
     def before_forward(self) -> None:
         """Put on the scheduled sub-net in training, the default one otherwise, unless one was chosen."""
-        if self._chosen:
+        if self._hands_off():
             return
+        if current_backward() != NO_BACKWARD:
+            raise ActivationError(
+                "the wrapped model's forward runs for the first time inside backward, so its first pass ran without "
+                "gradients, as the default sub-net: the whole model is inside a reentrant checkpoint; pass "
+                "use_reentrant=False, or wrap the module around it"
+            )
         self._step.mend()
         if self._is_training():
             self._step.begin()
@@ -68,15 +76,21 @@ class RunEvents:
             self._passing = self._parts.activation.worn != self._parts.default
             self._parts.activation.put_on(self._parts.default)
 
-    def after_forward(self, raised: bool) -> bool:
+    def after_forward(self, raised: bool) -> Mark | None:
         """Keep the sub-net on for backward after a training forward; take it off otherwise."""
-        if self._chosen:
-            return False
+        activation = self._parts.activation
+        if self._hands_off():
+            return None
+        mark = activation.mark() if torch.is_grad_enabled() and not raised else None
         if raised or self._passing:
             self._passing = False
-            self._parts.activation.take_off()
-            return False
-        return self._is_training()
+            activation.take_off()
+        return mark
+
+    def before_backward(self, passed: Mark) -> None:
+        """Put on again what was on in the forward, if it was taken off since."""
+        if not self._chosen:
+            self._parts.activation.rewind(passed)
 
     def after_backward(self, completed: bool) -> None:
         """Make the model dense again and mask the gradients that have arrived."""
@@ -143,6 +157,13 @@ class RunEvents:
         """Return whether torch will accept the state dict; if not, it raises right after, and the run must not move."""
         saved = [len(group["params"]) for group in state_dict.get("param_groups", ())]
         return saved == [len(group["params"]) for group in self._parts.optimizer.param_groups]
+
+    def _hands_off(self) -> bool:
+        """Return whether a forward is none of the run's business."""
+        if self._chosen or self._parts.parameters.lent():
+            return True
+        # Activation checkpointing around the whole model runs it again; before_backward has put on what it needs.
+        return current_backward() != NO_BACKWARD and self._parts.activation.worn is not None
 
     def _is_training(self) -> bool:
         return self._parts.model.training and torch.is_grad_enabled()

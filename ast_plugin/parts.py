@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ast_plugin.activation import MaskedActivation
 from ast_plugin.alternation import Alternation
 from ast_plugin.config import ASTConfig
 from ast_plugin.gradients import GradientMasks
@@ -19,6 +18,7 @@ from ast_plugin.normalization import PrivateNormalization
 from ast_plugin.parameters import ParameterChoice
 from ast_plugin.plugins import PluginRegistry
 from ast_plugin.reference import GradientReference
+from ast_plugin.rewinding import RewindableActivation
 from ast_plugin.slots import ParameterSlots
 from ast_plugin.statistics import Statistics
 from ast_plugin.updates import MaskUpdater
@@ -65,7 +65,7 @@ class RunParts:
     masks: MaskStore
     updater: MaskUpdater
     normalization: PrivateNormalization
-    activation: MaskedActivation
+    activation: RewindableActivation
     gradients: GradientMasks
     reference: GradientReference
     inactive: FrozenInactive | None

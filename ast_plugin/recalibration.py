@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,45 @@ from ast_plugin.errors import ConfigError
 from ast_plugin.normalization import batch_norm_modules
 
 Forward = Callable[[nn.Module, Any], Any]
+
+
+def recalibrate_each(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    sub_nets: Sequence[str],
+    put_on: Callable[[str], contextlib.AbstractContextManager[Any]],
+    private: bool,
+    forward: Forward | None = None,
+    max_batches: int | None = None,
+) -> None:
+    """Recalibrate a model as each of several sub-nets.
+
+    Args:
+        model: The model.
+        loader: Batches; iterated once a sub-net.
+        sub_nets: Which ones.
+        put_on: Makes the model a sub-net for the length of a ``with`` block.
+        private: Whether each has BatchNorm statistics of its own.
+        forward: As in `recalibrate`.
+        max_batches: As in `recalibrate`.
+
+    Raises:
+        ConfigError: If several sub-nets share statistics, or the loader is used up before the last.
+    """
+    if len(sub_nets) > 1 and not private and batch_norm_modules(model):
+        raise ConfigError(
+            f"sub_nets={tuple(sub_nets)} share one set of BatchNorm statistics, because private_normalization is "
+            "False; recalibrate for one sub-net at a time, right before it is used"
+        )
+    if len(sub_nets) > 1 and iter(loader) is loader:
+        raise ConfigError(
+            f"loader must be iterable once for each of {len(sub_nets)} sub-nets, and a {type(loader).__name__} is "
+            "used up after one; pass a DataLoader or a list"
+        )
+    for name in sub_nets:
+        with put_on(name):
+            recalibrate(model, loader, forward=forward, max_batches=max_batches)
 
 
 def recalibrate(

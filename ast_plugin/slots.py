@@ -39,8 +39,9 @@ class ParameterSlots(Mapping[str, nn.Parameter]):
         parameter = module._parameters.get(attribute)
         if parameter is None:
             raise ActivationError(
-                f"parameter {name!r} is gone: it was a weight to prune when the model was wrapped, and is None now; "
-                "call detach() before taking parameters away"
+                f"parameter {name!r} is gone: it was a weight to prune when the model was wrapped, and is no parameter "
+                "now; call detach() before taking parameters away, and register parametrizations (weight_norm, "
+                "torch.nn.utils.prune) before wrap()"
             )
         return parameter
 
@@ -50,6 +51,15 @@ class ParameterSlots(Mapping[str, nn.Parameter]):
         found = [module._parameters.get(attribute) for module, attribute in [places[name] for name in names]]
         present = [parameter for parameter in found if parameter is not None]
         return present if len(present) == len(found) else [self[name] for name in names]
+
+    def lent(self) -> bool:
+        """Return whether others stand in for the parameters: ``torch.func.functional_call`` with tensors of its own."""
+        return any(
+            type(parameter := module._parameters.get(attribute)) is not nn.Parameter
+            and parameter is not None
+            and not isinstance(parameter, nn.Parameter)
+            for module, attribute in self._places.values()
+        )
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names."""

@@ -16,7 +16,7 @@ import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,13 @@ from ast_plugin.checkpoint import Stateful, load_objects, save_objects
 from ast_plugin.describe import Description, describe
 from ast_plugin.distributed import ranks
 from ast_plugin.elastic_file import write_elastic
-from ast_plugin.errors import ActivationError, ConfigError, near_names
+from ast_plugin.errors import ActivationError, ConfigError, WrapError, near_names
 from ast_plugin.events import RunEvents
-from ast_plugin.normalization import batch_norm_modules
 from ast_plugin.parts import RunParts
-from ast_plugin.recalibration import Forward, recalibrate
+from ast_plugin.recalibration import Forward, recalibrate_each
 from ast_plugin.step import TrainingStep
 from ast_plugin.training_state import RunState
+from ast_plugin.twins import Twin
 
 _FAR_FROM_TARGET = 0.01  # in sparsity: more than patterns with large units leave over
 
@@ -181,20 +181,34 @@ class AlternatingSparseTraining:
         Raises:
             ConfigError: If there is no such sub-net, the loader gives no batch, or several sub-nets share statistics.
         """
-        names = tuple(sub_nets) if sub_nets is not None else self.sub_nets
-        if len(names) > 1 and not self.config.private_normalization and batch_norm_modules(self.model):
-            raise ConfigError(
-                f"sub_nets={names} share one set of BatchNorm statistics, because private_normalization is False; "
-                "recalibrate for one sub-net at a time, right before it is used"
-            )
-        if len(names) > 1 and iter(loader) is loader:
-            raise ConfigError(
-                f"loader must be iterable once for each of {len(names)} sub-nets, and a {type(loader).__name__} is "
-                "used up after one; pass a DataLoader or a list"
-            )
-        for name in names:
-            with self.sub_net(name):
-                recalibrate(self.model, loader, forward=forward, max_batches=max_batches)
+        recalibrate_each(
+            self.model,
+            loader,
+            sub_nets=self.sub_nets if sub_nets is None else tuple(sub_nets),
+            put_on=self.sub_net,
+            private=self.config.private_normalization,
+            forward=forward,
+            max_batches=max_batches,
+        )
+
+    def twin(self, model: nn.Module) -> Twin:
+        """Return what makes another model of the same architecture compute as the sub-nets of this run.
+
+        For averages and copies of the model: `torch.optim.swa_utils.AveragedModel`, exponential moving averages that
+        hold the network as ``module``, a ``copy.deepcopy``. Their BatchNorm starts from the run's present one.
+
+        Args:
+            model: The other model, on any device.
+
+        Raises:
+            WrapError: If the parameters to prune are not in it, or it is this run's own model.
+
+        Example:
+            >>> average = ast.twin(torch.optim.swa_utils.AveragedModel(model))
+            >>> with average.sub_net("s90") as network:
+            ...     evaluate(network)
+        """
+        return Twin(model, self)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run as tensors and plain containers, readable with ``weights_only=True``.
@@ -214,12 +228,14 @@ class AlternatingSparseTraining:
         self._events.before_load()
         self._state.restore(state)
 
-    def save(self, path: str | Path, *, report: Mapping[str, Any] | None = None) -> None:
+    def save(self, path: str | Path, *, report: Mapping[str, Any] | None = None, twin: Twin | None = None) -> None:
         """Write all sub-nets into one elastic file, readable by `ast_plugin.load` and by any safetensors reader.
 
         Args:
             path: The file; an older one is replaced only when the new one is complete.
             report: A report as plain containers to keep in the file's header.
+            twin: What `twin` returned: its weights and BatchNorm are written instead of the model's, without `metrics`,
+                which were measured on the model.
 
         Raises:
             SaveError: If the file cannot be written; an older file is still there then.
@@ -242,7 +258,7 @@ class AlternatingSparseTraining:
                 {"name": plan.name, "target_sparsity": plan.target_sparsity, "pattern": plan.pattern.name}
                 for plan in self._parts.updater.plans.values()
             ],
-            "metrics": self.metrics,
+            "metrics": self.metrics if twin is None else {},
             "statistics": self.statistics(),
             "history": self.history,
             "step": self.step,
@@ -252,9 +268,9 @@ class AlternatingSparseTraining:
         with self._events.at_rest():
             write_elastic(
                 Path(path),
-                state=self._parts.bare.state_dict(),
+                state=self._parts.bare.state_dict() if twin is None else twin.dense_state(),
                 masks=self.masks,
-                private={name: self.private_state(name) for name in self.sub_nets},
+                private={name: (twin or self).private_state(name) for name in self.sub_nets},
                 header=header,
             )
 
@@ -328,6 +344,12 @@ class AlternatingSparseTraining:
         self._parts.gradients.detach()
         self._parts.activation.release()
         return self.model
+
+    def __reduce__(self) -> NoReturn:
+        raise WrapError(
+            "a controller has hooks on one model and one optimizer and can be neither copied nor pickled: copy those "
+            "two together, copy.deepcopy((model, optimizer)), wrap the copies, and load this controller's state_dict()"
+        )
 
     def attach(self) -> None:
         """Register the hooks; called once, by `wrap`."""

@@ -25,6 +25,7 @@ from ast_plugin.parts import RunParts
 from ast_plugin.plans import build_plans
 from ast_plugin.plugins import PluginRegistry
 from ast_plugin.reference import GradientReference
+from ast_plugin.rewinding import RewindableActivation
 from ast_plugin.schedules import resolve_calendars
 from ast_plugin.slots import ParameterSlots, bare_model
 from ast_plugin.statistics import Statistics
@@ -224,7 +225,12 @@ def _build(
         masks=masks,
         updater=updater,
         normalization=normalization,
-        activation=MaskedActivation(packed, normalization),
+        activation=RewindableActivation(
+            MaskedActivation(packed, normalization),
+            lambda: [*parameters.of(masks.parameters), *normalization.tensors()],
+            len(parameters) + len(normalization.parameter_names),
+            masks.revision,
+        ),
         gradients=gradients,
         reference=GradientReference(packed, gradients),
         inactive=FrozenInactive() if config.inactive == "freeze" else None,

@@ -43,6 +43,16 @@ def mlp(seed: int = 0) -> nn.Sequential:
     return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
 
 
+def plain_conv_net() -> ConvNet:
+    """Return `conv_net` without BatchNorm."""
+    net = conv_net()
+    net.norm0, net.norm1, net.norm2 = nn.Identity(), nn.Identity(), nn.Identity()
+    return net
+
+
+BATCH_NORM_FREE: list[Callable[[], nn.Module]] = [plain_conv_net, mlp]
+
+
 def sgd(model: nn.Module, **options: Any) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), **{"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, **options})
 
@@ -89,19 +99,16 @@ def train(
         train_step(model, optimizer, batch(step))
 
 
+SETTINGS: dict[str, Any] = {"sparsities": (0.5, 0.8, 0.9), "total_steps": 60, "update_interval": 6}
+
+
 def wrapped(
     model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None, **options: Any
 ) -> tuple[nn.Module, torch.optim.Optimizer, ast_plugin.AlternatingSparseTraining]:
     """Return a model, its optimizer and a controller with three sub-nets and a dense schedule of updates."""
     model = conv_net() if model is None else model
     optimizer = sgd(model) if optimizer is None else optimizer
-    settings: dict[str, Any] = {
-        "sparsities": (0.5, 0.8, 0.9),
-        "total_steps": 60,
-        "update_interval": 6,
-        **options,
-    }
-    return model, optimizer, ast_plugin.wrap(optimizer, model, **settings)
+    return model, optimizer, ast_plugin.wrap(optimizer, model, **{**SETTINGS, **options})
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

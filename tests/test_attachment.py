@@ -24,9 +24,13 @@ class Recorder:
     def before_forward(self) -> None:
         self.events.append("before_forward")
 
-    def after_forward(self, raised: bool) -> bool:
+    def after_forward(self, raised: bool) -> str | None:
         self.events.append("raised" if raised else "after_forward")
-        return not raised
+        return None if raised else "this forward"
+
+    def before_backward(self, passed: Any) -> None:
+        assert passed == "this forward"
+        self.events.append("before_backward")
 
     def after_backward(self, completed: bool) -> None:
         self.events.append("after_backward" if completed else "broken off")
@@ -95,7 +99,7 @@ def test_the_end_of_backward_is_reported_whatever_the_model_returns(shape: str) 
     loss = SHAPES[shape][1](model(torch.ones(2, 3)))
     recorder.events.clear()
     loss.backward()
-    assert recorder.events == ["after_backward"]
+    assert recorder.events == ["before_backward", "after_backward"]
     attachment.remove()
 
 
@@ -117,7 +121,7 @@ def test_with_activation_checkpointing_it_is_reported_once_and_last(reentrant: b
     for layer in (model.first, model.second):
         layer.weight.register_post_accumulate_grad_hook(lambda _: recorder.events.append("gradient"))
     output.sum().backward()
-    assert recorder.events == ["gradient", "gradient", "after_backward"]
+    assert recorder.events == ["before_backward", "gradient", "gradient", "after_backward"]
 
 
 def test_events_come_in_the_order_of_a_step() -> None:
@@ -126,11 +130,50 @@ def test_events_come_in_the_order_of_a_step() -> None:
     Attachment(model, model, optimizer, recorder)
     model(torch.ones(2, 3)).backward()
     optimizer.step()
-    assert recorder.events == ["before_forward", "after_forward", "after_backward", "before_step", "after_step"]
+    assert recorder.events == [
+        "before_forward",
+        "after_forward",
+        "before_backward",
+        "after_backward",
+        "before_step",
+        "after_step",
+    ]
     recorder.events.clear()
     with pytest.raises(RuntimeError):
         model(torch.ones(2, 5))
     assert recorder.events == ["before_forward", "raised"]
+
+
+def test_every_backward_is_reported_also_a_second_one_and_one_after_an_error() -> None:
+    model, recorder = Shaped("tensor"), Recorder()
+    Attachment(model, model, sgd(model), recorder)
+    output = model(torch.ones(2, 3))
+
+    def fail(_: Tensor) -> None:
+        raise ValueError
+
+    recorder.events.clear()
+    handle = model.get_parameter("linear.weight").register_hook(fail)
+    with pytest.raises(ValueError) as held:  # noqa: PT011  # its traceback keeps the engine's frames alive
+        output.backward(retain_graph=True)
+    handle.remove()
+    output.backward(retain_graph=True)
+    output.backward()
+    assert held is not None
+    assert recorder.events.count("before_backward") == 3
+    assert recorder.events.count("after_backward") >= 2
+
+
+def test_recording_gradients_leaves_the_end_to_the_next_backward() -> None:
+    model, recorder = Shaped("tensor"), Recorder()
+    Attachment(model, model, sgd(model), recorder)
+    inputs = torch.ones(2, 3, requires_grad=True)
+    output = model(inputs)
+    recorder.events.clear()
+    (gradient,) = torch.autograd.grad(output, inputs, create_graph=True)
+    assert recorder.events == ["before_backward"]
+    (output + gradient.square().sum()).backward()
+    assert recorder.events == ["before_backward", "before_backward", "after_backward"]
 
 
 def test_state_dicts_are_announced_extended_and_stripped() -> None:
