@@ -74,10 +74,6 @@ class PrivateNormalization:
         """Names of the private parameters, a part of `names`."""
         return tuple(self._parameters)
 
-    def tensors(self) -> list[Tensor]:
-        """Return the model's own private tensors, which `carry` writes to, in a fixed order."""
-        return list(self._present().values())
-
     def _present(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for name, (module, attribute) in self._parameters.items():
