@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ast_plugin.activation import Activation
 from ast_plugin.errors import ActivationError
+
+_GONE = -1  # the version of a tensor that was taken away
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,7 @@ class RewindableActivation:
 
     Args:
         inner: What really puts sub-nets on and takes them off; nobody else may call it.
-        tensors: Returns the tensors that it writes to, always in the same order.
+        slots: Where the tensors are that it writes to, as `ast_plugin.slots.tensor_slots` returns it.
         watched: How many of them, from the first, nobody writes to while a sub-net is on.
         revision: Returns a number that rises when a mask of the sub-net changes.
     """
@@ -54,12 +57,12 @@ class RewindableActivation:
     def __init__(
         self,
         inner: Activation,
-        tensors: Callable[[], list[Tensor]],
+        slots: Sequence[tuple[dict[str, Any], str]],
         watched: int,
         revision: Callable[[str], int],
     ) -> None:
         self._inner = inner
-        self._tensors = tensors
+        self._slots = slots
         self._watched = watched
         self._revision = revision
         self._put_on: list[int] = []
@@ -89,7 +92,7 @@ class RewindableActivation:
         """Give the model its dense weights back; does nothing when it has them."""
         if self._inner.worn is None:
             return
-        if self._versions()[: self._watched] != self._put_on[: self._watched]:
+        if self._versions(self._watched) != self._put_on[: self._watched]:
             self._writes += 1
         self._inner.take_off()
         if self._resume is not None:
@@ -149,8 +152,11 @@ class RewindableActivation:
             self._writes += 1
             self._rest = present
 
-    def _versions(self) -> list[int]:
-        return [tensor._version for tensor in self._tensors()]
+    def _versions(self, count: int | None = None) -> list[int]:
+        return [getattr(tensors.get(name), "_version", _GONE) for tensors, name in self._slots[:count]]
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensors[name] for tensors, name in self._slots]
 
 
 def _set_versions(tensors: Sequence[Tensor], versions: Sequence[int]) -> None:

@@ -27,7 +27,7 @@ from ast_plugin.plugins import PluginRegistry
 from ast_plugin.reference import GradientReference
 from ast_plugin.rewinding import RewindableActivation
 from ast_plugin.schedules import resolve_calendars
-from ast_plugin.slots import ParameterSlots, bare_model
+from ast_plugin.slots import ParameterSlots, bare_model, tensor_slots
 from ast_plugin.statistics import Statistics
 from ast_plugin.sub_nets import SubNetSpec
 from ast_plugin.training import AlternatingSparseTraining
@@ -227,7 +227,8 @@ def _build(
         normalization=normalization,
         activation=RewindableActivation(
             MaskedActivation(packed, normalization),
-            lambda: [*parameters.of(masks.parameters), *normalization.tensors()],
+            # No graph needs the number of batches.
+            tensor_slots(bare, [*parameters, *(n for n in normalization.names if not n.endswith("_batches_tracked"))]),
             len(parameters) + len(normalization.parameter_names),
             masks.revision,
         ),

@@ -198,6 +198,16 @@ def test_the_buffer_follows_the_dtype() -> None:
         assert tensors[1].tolist() == [3]
 
 
+@pytest.mark.xfail(strict=True, reason="the buffer has the first tensor's dtype, and rounds the others")
+def test_gradients_of_several_dtypes_keep_their_digits() -> None:
+    # A parameter's ``grad_dtype`` may differ from its dtype, by which packs are made.
+    pack = Pack({"a": (2,), "b": (2,)})
+    tensors = [torch.ones(2, dtype=torch.bfloat16), torch.tensor([1.0001, 3.0])]
+    pack.vector(tensors)
+    pack.write(tensors)
+    assert torch.equal(tensors[1], torch.tensor([1.0001, 3.0]))
+
+
 def test_parameters_are_written_without_a_graph() -> None:
     shapes = {"a": (2,), "b": (2, 2)}
     for names in (["a"], ["a", "b"]):

@@ -480,18 +480,6 @@ def test_a_converted_model_starts_without_a_reference() -> None:
     assert_equal(setting.compared("half"), restricted(setting, now, "half"))
 
 
-@pytest.mark.xfail(strict=True, reason="the vector has the first gradient's dtype, and rounds the others")
-def test_gradients_of_several_dtypes_keep_their_digits() -> None:
-    setting = Setting({"w": (2,), "v": (2,)}, {"a": 1.0, "b": 0.5})
-    setting.masks.set("b", "w", torch.tensor([True, False]))
-    setting.masks.set("b", "v", torch.tensor([True, False]))
-    setting.model.w.grad_dtype = torch.bfloat16
-    setting.model.w.grad = torch.ones(2, dtype=torch.bfloat16)
-    setting.model.v.grad = torch.tensor([1.0001, 2.0])
-    setting.gradients.mask("b")
-    assert torch.equal(setting.model.v.grad, torch.tensor([1.0001, 0.0]))
-
-
 def saved_and_loaded(setting: Setting, target: Setting) -> dict[str, Any]:
     file = io.BytesIO()
     torch.save(setting.reference.state_dict(), file)

@@ -13,9 +13,8 @@ from ast_plugin.activation import MaskedActivation
 from ast_plugin.errors import ActivationError
 from ast_plugin.masks import MaskStore
 from ast_plugin.normalization import PrivateNormalization
-from ast_plugin.packed_masks import PackedMasks
 from ast_plugin.rewinding import RewindableActivation
-from ast_plugin.slots import ParameterSlots
+from ast_plugin.slots import ParameterSlots, tensor_slots
 
 NAMES = ("0.weight", "2.weight")
 
@@ -29,7 +28,7 @@ def parts() -> tuple[Any, MaskStore, RewindableActivation]:
         for name in NAMES:
             masks.set(sub_net, name, torch.rand(parameters[name].shape) < 0.5)
     inner = MaskedActivation(PackedMasks(parameters, masks), PrivateNormalization(model, ("a", "b"), "a"))
-    return model, masks, RewindableActivation(inner, lambda: list(parameters.values()), len(NAMES), masks.revision)
+    return model, masks, RewindableActivation(inner, tensor_slots(model, NAMES), len(NAMES), masks.revision)
 
 
 def versions(model: Any) -> list[int]:
