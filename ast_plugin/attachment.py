@@ -81,8 +81,8 @@ class Attachment:
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(hook(_uncompiled(self._before_forward)), prepend=True),
             model.register_forward_hook(hook(_uncompiled(self._after_forward)), always_call=True),
-            optimizer.register_step_pre_hook(lambda _, args, kwargs: events.before_step(args, kwargs)),
-            optimizer.register_step_post_hook(lambda *_: events.after_step()),
+            optimizer.register_step_pre_hook(_uncompiled(lambda _, args, kwargs: events.before_step(args, kwargs))),
+            optimizer.register_step_post_hook(_uncompiled(lambda *_: events.after_step())),
             optimizer.register_state_dict_pre_hook(lambda _: events.before_state_access()),
             optimizer.register_state_dict_post_hook(lambda _, state: events.add_state(state)),
             optimizer.register_load_state_dict_pre_hook(lambda _, state: events.take_state(state)),
@@ -207,7 +207,7 @@ def _idle(*_: Any, **__: Any) -> None:
 
 
 def _uncompiled(function: _F) -> _F:
-    # Traced into a graph, the hook would run once instead of at every step.
+    # Traced into a graph, the hook would run once instead of at every step, or be compiled anew at each.
     disabled: _F = torch.compiler.disable(function)
     return disabled
 

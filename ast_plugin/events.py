@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -116,7 +116,7 @@ class RunEvents:
         if closure is None:
             self._step.prepare()
             return None
-        prepared = self._step.around(closure)
+        prepared = self._step.around(self._on_resting_weights(closure))
         if len(args) > 1:
             return (args[0], prepared, *args[2:]), kwargs
         return args, {**kwargs, "closure": prepared}
@@ -164,6 +164,31 @@ class RunEvents:
             return True
         # Activation checkpointing around the whole model runs it again; before_backward has put on what it needs.
         return current_backward() != NO_BACKWARD and self._parts.activation.worn is not None
+
+    def _on_resting_weights(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Return a closure that refuses a step which moved weights before it asked for their gradients.
+
+        What is private to a sub-net, and what must not move, is settled once the gradients are there: too late then.
+        """
+        parts = self._parts
+        names = [*parts.normalization.parameter_names, *(parts.parameters if parts.inactive is not None else ())]
+        before = self._versions(names)
+
+        def evaluate() -> Any:
+            nonlocal before
+            if before and before != self._versions(names):
+                raise ActivationError(
+                    f"{type(parts.optimizer).__name__} moved weights before it called the closure, so neither "
+                    "BatchNorm state nor frozen weights of the sub-nets can be kept apart; use an optimizer that calls "
+                    'the closure first, or private_normalization=False and inactive="coast"'
+                )
+            before = {}
+            return closure()
+
+        return evaluate
+
+    def _versions(self, names: Iterable[str]) -> dict[str, int]:
+        return {name: self._parts.bare.get_parameter(name)._version for name in names}
 
     def _is_training(self) -> bool:
         return self._parts.model.training and torch.is_grad_enabled()

@@ -76,6 +76,8 @@ class GradientMasks:
                 if known[0]() is parameter:
                     continue
                 known[1].remove()
+            if not parameter.requires_grad:
+                continue  # frozen for a while
             handle = parameter.register_post_accumulate_grad_hook(_accumulation_hook(weakref.ref(self), name))
             self._handles[name] = (weakref.ref(parameter), handle)
 
@@ -141,7 +143,7 @@ class GradientMasks:
             return known.values
         vector = pack.vector(gradients)
         values = kept.values(vector)
-        return values.clone() if pack.buffered and values is vector else values
+        return values.clone() if pack.is_buffer(values) else values
 
 
 class _Masked:

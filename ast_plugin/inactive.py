@@ -11,12 +11,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+_CODES = (torch.uint8, torch.int8)  # of 8-bit optimizers: zero is not the code of zero, and many share a scale
+_STEP = 0.1  # relative; one step of weight decay, or of an average that starts at its initial value, stays below
+
 
 class FrozenInactive:
     """Remembers weights and optimizer state before a step and puts the inactive part back afterwards.
 
     State is covered where it has the shape of the weight (momentum, second moments ...). State of another shape
-    (step counters, Adafactor's rows and columns) belongs to the tensor as a whole and moves on.
+    (step counters, Adafactor's rows and columns) belongs to the tensor as a whole and moves on, and so do 8-bit codes.
     """
 
     def __init__(self) -> None:
@@ -41,8 +44,9 @@ class FrozenInactive:
     ) -> None:
         """Put inactive weights and state back, in place, and forget the copies.
 
-        State that the optimizer created during this step had no earlier value: it is left alone where it is the same
-        number at every inactive position (the optimizer's own initial value), and zeroed otherwise.
+        State that the optimizer created during this step had no earlier value. It is left alone where it is nearly the
+        same number at every inactive position (the optimizer's own initial value). Where it is nearly the weights (a
+        second sequence of weights, as of MADGRAD or schedule-free methods) it becomes the weights, else zero.
 
         Args:
             parameters: Parameters by name.
@@ -60,8 +64,9 @@ class FrozenInactive:
                     old = self._states[name].get(key)
                     if old is not None:
                         value.copy_(torch.where(mask, value, old))
-                    elif not _constant(value[~mask]):
-                        value.mul_(mask)
+                    elif not _near(value[~mask], value[~mask][:1]):
+                        copied = _near(value[~mask], before[~mask].to(value.dtype))
+                        value.copy_(torch.where(mask, value, before.to(value.dtype)) if copied else value * mask)
         self.forget()
 
     def forget(self) -> None:
@@ -78,14 +83,18 @@ def clear_state_at(parameter: Tensor, where: Tensor, optimizer: torch.optim.Opti
 
 
 def _elementwise_state(parameter: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the state tensors of `parameter` that hold one number a weight."""
+    """Return the state tensors of `parameter` that hold one number a weight, not codes that a scale gives a meaning."""
     state = optimizer.state.get(parameter, {})
     return {
         key: value
         for key, value in state.items()
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape == parameter.shape
+        if isinstance(value, Tensor)
+        and value.dim() > 0
+        and value.shape == parameter.shape
+        and value.dtype not in _CODES
     }
 
 
-def _constant(values: Tensor) -> bool:
-    return values.numel() == 0 or bool((values == values.flatten()[0]).all())
+def _near(values: Tensor, others: Tensor) -> bool:
+    """Tell whether each value is another one, but for what a step's weight decay or averaging does to new state."""
+    return bool(((values - others).abs() <= _STEP * others.abs()).all())

@@ -7,6 +7,7 @@ large tensor is a pack of its own, and is worked on where it is.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -46,8 +47,12 @@ class Pack:
 
     @property
     def buffered(self) -> bool:
-        """Whether vectors are copies: there are several tensors."""
+        """Whether there are several tensors, so that vectors are copies."""
         return len(self.names) > 1
+
+    def is_buffer(self, vector: Tensor) -> bool:
+        """Return whether a vector is the buffer that `vector` fills."""
+        return vector is self._buffer
 
     def layout(self, tensors: Sequence[Tensor | None]) -> Layout:
         """Return how the vector of these tensors is ordered."""
@@ -69,9 +74,11 @@ class Pack:
         shared = self._shared(tensors)
         if shared is not None:
             return shared
-        like = next(tensor for tensor in tensors if tensor is not None)
-        if not self._views or self._buffer.dtype != like.dtype or self._buffer.device != like.device:
-            self._buffer = torch.empty(self.total, dtype=like.dtype, device=like.device)
+        dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+        dtype = functools.reduce(torch.promote_types, dtypes)
+        device = next(tensor.device for tensor in tensors if tensor is not None)
+        if not self._views or self._buffer.dtype != dtype or self._buffer.device != device:
+            self._buffer = torch.empty(self.total, dtype=dtype, device=device)
             self._views = self.tensors(self._buffer, None)
         for view, tensor in zip(self._views, tensors, strict=True):
             if tensor is None:

@@ -17,7 +17,7 @@ from ast_plugin.correction import Correction
 from ast_plugin.gradients import GradientMasks
 from ast_plugin.kept import Kept, KeptByMask
 from ast_plugin.packed_masks import PackedMasks
-from ast_plugin.packs import Layout, Pack
+from ast_plugin.packs import Layout, Pack, order_of
 
 CorrectGradients = Callable[..., Correction | None]
 
@@ -105,17 +105,17 @@ class GradientReference:
         for pack in self._masks.packs:
             gradients = self._masks.gradients(pack)
             earlier = self._remembered.get(pack)
-            if earlier is None or all(g is None for g in gradients) or earlier.layout != pack.layout(gradients):
+            if earlier is None or all(g is None for g in gradients):
                 continue
             kept = self._masks.kept(sub_net, pack, gradients)
-            known = earlier.kept is kept
+            known = earlier.kept is kept and earlier.layout == pack.layout(gradients)
             pairs.append(
                 ComparedGradients(
                     pack=pack,
                     gradients=gradients,
                     kept=kept,
                     values=self._gradients.values(pack, gradients, kept),
-                    reference=earlier.values if known else kept.values_of_dense(earlier.vector(pack.total)),
+                    reference=earlier.values if known else kept.values_of_dense(_whole(pack, earlier, gradients)),
                     both=tuple(p and g is not None for p, g in zip(earlier.present, gradients, strict=True)),
                 )
             )
@@ -187,6 +187,14 @@ class ComparedGradients:
     values: Tensor
     reference: Tensor
     both: tuple[bool, ...]
+
+
+def _whole(pack: Pack, earlier: _Remembered, gradients: Sequence[Tensor | None]) -> Tensor:
+    """Return all of a remembered gradient in the order in which the present ones lie."""
+    vector, layout = earlier.vector(pack.total), pack.layout(gradients)
+    if layout == earlier.layout:
+        return vector
+    return order_of(pack.tensors(vector, earlier.layout)[0], layout)
 
 
 @torch.no_grad()

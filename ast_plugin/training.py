@@ -28,6 +28,7 @@ from ast_plugin.distributed import ranks
 from ast_plugin.elastic_file import write_elastic
 from ast_plugin.errors import ActivationError, ConfigError, WrapError, near_names
 from ast_plugin.events import RunEvents
+from ast_plugin.optimizer_modes import OptimizerModes
 from ast_plugin.parts import RunParts
 from ast_plugin.recalibration import Forward, recalibrate_each
 from ast_plugin.step import TrainingStep
@@ -60,6 +61,7 @@ class AlternatingSparseTraining:
         self._step = TrainingStep(parts, self)
         self._state = RunState(parts, self._step, self.metrics)
         self._events = RunEvents(parts, self._step, self._state)
+        self._modes = OptimizerModes(parts, self._events.at_rest)
         self._attachment: Attachment | None = None
 
     @property
@@ -341,6 +343,7 @@ class AlternatingSparseTraining:
         if self._attachment is not None:
             self._attachment.remove()
             self._attachment = None
+        self._modes.detach()
         self._parts.gradients.detach()
         self._parts.activation.release()
         return self.model
@@ -353,6 +356,7 @@ class AlternatingSparseTraining:
 
     def attach(self) -> None:
         """Register the hooks; called once, by `wrap`."""
+        self._modes.attach()
         self._attachment = Attachment(self.model, self._parts.bare, self.optimizer, self._events)
 
     def _check_name(self, name: str) -> None:

@@ -19,6 +19,7 @@ from ast_plugin.inactive import FrozenInactive
 from ast_plugin.masks import MaskStore
 from ast_plugin.methods import Method
 from ast_plugin.normalization import PrivateNormalization
+from ast_plugin.optimizers import innermost_optimizer, refusal_of, trained_by
 from ast_plugin.packed_masks import PackedMasks
 from ast_plugin.parameters import ParameterChoice
 from ast_plugin.parts import RunParts
@@ -100,7 +101,7 @@ def wrap(
     """
     method = options.get("method")
     settings = _settings(config, dict(options))
-    optimizer = _innermost(optimizer)
+    optimizer = innermost_optimizer(optimizer)
     _check_kind(optimizer, model)
     registry = PluginRegistry(plugins)
     rule = method if isinstance(method, Method) else registry.method(settings.method)
@@ -126,46 +127,14 @@ def _settings(config: ASTConfig | None, options: dict[str, Any]) -> ASTConfig:
     return config
 
 
-def _innermost(optimizer: Any) -> torch.optim.Optimizer:
-    """Return the torch optimizer whose step really runs, inside wrappers that hold it."""
-    seen: set[int] = set()
-    while id(optimizer) not in seen:
-        seen.add(id(optimizer))
-        inner = next(
-            (
-                candidate
-                for attribute in ("_base_optimizer", "optimizer")
-                if isinstance(candidate := getattr(optimizer, attribute, None), torch.optim.Optimizer)
-            ),
-            None,
-        )
-        if inner is None:
-            break
-        optimizer = inner
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise WrapError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; call "
-            "wrap(optimizer, model, ...)"
-        )
-    return optimizer
-
-
 def _check_kind(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise WrapError(
             f"model must be a torch.nn.Module, got {type(model).__name__}; call wrap(optimizer, model, ...)"
         )
-    for thing in (optimizer, model):
-        if type(thing).__module__.partition(".")[0] == "deepspeed":
-            raise WrapError(
-                f"{type(thing).__name__} is DeepSpeed's: its engine steps inside backward, out of reach of optimizer "
-                "hooks; train with DDP or FSDP2 instead"
-            )
-    if getattr(optimizer, "is_second_order", False):
-        raise WrapError(
-            f"{type(optimizer).__name__} needs second derivatives, which masks taken off after backward would "
-            "falsify; use a first-order optimizer"
-        )
+    reason = refusal_of(optimizer, model)
+    if reason is not None:
+        raise WrapError(reason)
     for name, thing in (("model", model), ("optimizer", optimizer)):
         if is_attached(thing):
             raise WrapError(
@@ -240,15 +209,10 @@ def _build(
     )
 
 
-def _trained_by(optimizer: torch.optim.Optimizer) -> set[int]:
-    """Return the identities of all parameters that the optimizer trains."""
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
 def _check_in_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module, prunable: Sequence[ParameterChoice]
 ) -> None:
-    trained = _trained_by(optimizer)
+    trained = trained_by(optimizer)
     parameters = dict(model.named_parameters())
     missing = [choice.name for choice in prunable if id(parameters[choice.name]) not in trained]
     if missing:
@@ -261,7 +225,7 @@ def _check_in_optimizer(
 
 
 def _check_private_in_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, private: Sequence[str]) -> None:
-    trained = _trained_by(optimizer)
+    trained = trained_by(optimizer)
     for name in private:
         parameter = model.get_parameter(name)
         if parameter.requires_grad and id(parameter) not in trained:

@@ -198,7 +198,6 @@ def test_the_buffer_follows_the_dtype() -> None:
         assert tensors[1].tolist() == [3]
 
 
-@pytest.mark.xfail(strict=True, reason="the buffer has the first tensor's dtype, and rounds the others")
 def test_gradients_of_several_dtypes_keep_their_digits() -> None:
     # A parameter's ``grad_dtype`` may differ from its dtype, by which packs are made.
     pack = Pack({"a": (2,), "b": (2,)})

@@ -326,16 +326,13 @@ def test_corrected_values_reach_the_gradients(sub_net: str, write_back: Any, lay
     assert_scaled(Setting(lay=lay), sub_net, write_back)
 
 
-LOST = pytest.mark.xfail(strict=True, reason="values are the buffer, which is filled anew before they are written back")
-
-
 @pytest.mark.parametrize(
     ("arrangement", "sub_net", "write_back"),
     [
         ("together", "half", correct_pairs),
         ("alone", "few", correct_pairs),
-        pytest.param("alone", "half", correct_pairs, marks=LOST),
-        pytest.param("alone", "all", correct_pairs, marks=LOST),
+        ("alone", "half", correct_pairs),
+        ("alone", "all", correct_pairs),
         ("alone", "half", correct_whole),
     ],
     indirect=["arrangement"],
@@ -528,7 +525,6 @@ def test_a_saved_reference_goes_on_elsewhere(sub_net: str, coming: str | None, w
 
 @pytest.mark.parametrize("arrangement", ["alone"], indirect=True)
 @pytest.mark.parametrize("coming", ["half", "few", None])
-@pytest.mark.xfail(strict=True, reason="the order is the parameter's after loading, and the gradient's before")
 def test_a_saved_reference_serves_gradients_that_do_not_lie_as_their_parameters_do(
     arrangement: str, coming: str | None
 ) -> None:
@@ -616,7 +612,7 @@ def test_the_sub_nets_of_these_tests_are_of_every_form() -> None:
     assert all(isinstance(forms[name], KeptByPosition) for name in ("few", "fewer", "none"))
 
 
-@settings(max_examples=25)
+@settings(max_examples=80)
 @given(
     seed=st.integers(0, 10_000),
     shapes=st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=4), min_size=1, max_size=5),
@@ -673,6 +669,6 @@ def test_a_run_through_packs_equals_a_dense_run(
             present = setting.present()
             assert present.keys() == expected.keys()
             for name, gradient in expected.items():
-                torch.testing.assert_close(present[name], gradient, rtol=1e-9, atol=1e-9)
+                assert torch.allclose(present[name], gradient, rtol=1e-9, atol=1e-9)
                 assert not present[name][~setting.masks.get(sub_net, name)].any()
             earlier = now

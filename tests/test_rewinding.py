@@ -13,6 +13,7 @@ from ast_plugin.activation import MaskedActivation
 from ast_plugin.errors import ActivationError
 from ast_plugin.masks import MaskStore
 from ast_plugin.normalization import PrivateNormalization
+from ast_plugin.packed_masks import PackedMasks
 from ast_plugin.rewinding import RewindableActivation
 from ast_plugin.slots import ParameterSlots, tensor_slots
 
