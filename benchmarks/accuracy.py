@@ -121,15 +121,15 @@ def _reference_seconds(task: str, results: Results) -> float | None:
     return statistics.mean(seconds) if seconds else None
 
 
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
+def difference(ours: Sequence[float], theirs: Sequence[float], decimals: int = 2) -> str:
     """Return the mean of paired differences with its standard error, starred if a t test at 5 % tells it from zero."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean = statistics.mean(differences)
     if len(differences) < 2:
-        return f"{mean:+.2f}"
+        return f"{mean:+.{decimals}f}"
     error = statistics.stdev(differences) / len(differences) ** 0.5
     clear = abs(mean) > (_T[len(differences) - 2] if len(differences) - 2 < len(_T) else 1.96) * error
-    return f"{mean:+.2f} ± {error:.2f}{'*' if clear else ''}"
+    return f"{mean:+.{decimals}f} ± {error:.{decimals}f}{'*' if clear else ''}"
 
 
 def table(task: str, name: str, seeds: Sequence[int], results: Results) -> TextTable:
@@ -143,7 +143,7 @@ def table(task: str, name: str, seeds: Sequence[int], results: Results) -> TextT
     """
     measure = next(iter(TASKS[task].measures))
     names = [sparsity_name(s) for s in TASKS[task].defaults["sparsities"]]
-    absolute = TABLES[name].absolute
+    absolute, decimals = TABLES[name].absolute, TASKS[task].decimals
     lines = []
     for row in ROWS.values():
         if row.table != name or task not in row.tasks:
@@ -158,7 +158,9 @@ def table(task: str, name: str, seeds: Sequence[int], results: Results) -> TextT
         for sub_net in [next(iter(outcomes[done[0]].figures))] if row.name == DENSE else names:
             ours = [f for s in done if (f := _figure(outcomes[s], sub_net, measure)) is not None]
             others = [f for s in done if (f := _figure(theirs[s], sub_net, measure)) is not None]
-            cells.append("" if not ours else _spread(ours) if absolute else difference(ours, others))
+            cells.append(
+                "" if not ours else _spread(ours, decimals) if absolute else difference(ours, others, decimals)
+            )
         cells += [""] * (len(names) - len(cells))
         cost = statistics.mean(outcomes[s].passes / base[s].passes for s in done)
         times = [outcomes[s].time for s in done if outcomes[s].time is not None]
@@ -177,9 +179,9 @@ def _figure(found: Outcome | None, sub_net: str, measure: str) -> float | None:
     return found.figures.get(sub_net, {}).get(measure) if found is not None else None
 
 
-def _spread(values: Sequence[float]) -> str:
+def _spread(values: Sequence[float], decimals: int) -> str:
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.2f} ± {deviation:.2f}"
+    return f"{statistics.mean(values):.{decimals}f} ± {deviation:.{decimals}f}"
 
 
 def markdown(found: TextTable) -> str:
@@ -211,7 +213,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [ROWS[name] for name in args.rows or ROWS]
     seeds = range(args.seeds)
     # Row by row, so that with every row finished one comparison more is complete.
-    wanted = [s for row in rows for task in args.task if task in row.tasks for seed in seeds for s in row.runs(task, seed)]
+    wanted = [
+        s for row in rows for task in args.task if task in row.tasks for seed in seeds for s in row.runs(task, seed)
+    ]
     if not args.no_runs:
         done = read(args.output)
         missing = list({key(settings): settings for settings in wanted if key(settings) not in done}.values())

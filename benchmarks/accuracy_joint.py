@@ -23,6 +23,7 @@ class _Called(nn.Module):
     def __init__(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         super().__init__()
         self._call = (model, tensors)
+        self.training = model.training
 
     def forward(self, *arguments: Any) -> Any:
         return functional_call(*self._call, arguments)

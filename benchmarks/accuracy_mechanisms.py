@@ -38,6 +38,7 @@ class LateAverage:
 
     @hookimpl
     def ast_step_finished(self, training: AlternatingSparseTraining, step: int, sub_net: str) -> None:
+        """Add the weights up, in the last steps."""
         stretch = next((window for window, first in self._firsts.items() if step >= first), None)
         if stretch is None:
             return
@@ -98,10 +99,12 @@ class Cycle:
         return next((first, cycle) for first, cycle in reversed(self.stages) if step >= first)
 
     def sub_net_at(self, step: int) -> int:
+        """Return the index of the sub-net that is trained at `step`."""
         first, cycle = self._at(step)
         return cycle[(step - first) % len(cycle)]
 
     def is_group_start(self, step: int) -> bool:
+        """Return whether `step` begins the list anew."""
         first, cycle = self._at(step)
         return (step - first) % len(cycle) == 0
 
@@ -114,6 +117,7 @@ class CyclePlugin:
 
     @hookimpl
     def ast_alternations(self) -> list[AlternationRecord]:
+        """Offer the order."""
         return [
             AlternationRecord(name="cycle", description="a list of sub-nets, repeated", build=lambda **_: self._order)
         ]
@@ -142,6 +146,7 @@ class AveragedReference:
         names: Sequence[str],
         sub_net: str,
     ) -> Correction:
+        """Project, then add the gradient as it came to its sub-net's mean."""
         raw = [gradient.clone() for gradient in gradients]
         if self._others == "previous":
             sources = [self._last] if self._last is not None and self._last != sub_net else []
@@ -186,6 +191,7 @@ class OwnerScaling:
 
     @hookimpl
     def ast_masks_updated(self, training: AlternatingSparseTraining, sub_net: str, step: int) -> None:
+        """Have the factors made anew."""
         self._training = training
         self._factors.clear()
 
@@ -198,6 +204,7 @@ class OwnerScaling:
         names: Sequence[str],
         sub_net: str,
     ) -> Correction:
+        """Scale; nothing is corrected."""
         if self._training is not None:
             for name, gradient in zip(names, gradients, strict=True):
                 if name not in self._factors:
@@ -227,10 +234,12 @@ class SparsestOwns:
 
     @hookimpl
     def ast_step_finished(self, training: AlternatingSparseTraining, step: int, sub_net: str) -> None:
+        """Count the steps."""
         self._training, self._step = training, step + 1
 
     @hookimpl
     def ast_masks_updated(self, training: AlternatingSparseTraining, sub_net: str, step: int) -> None:
+        """Have the factors made anew."""
         self._factors.clear()
 
     @hookimpl
@@ -242,18 +251,18 @@ class SparsestOwns:
         names: Sequence[str],
         sub_net: str,
     ) -> Correction:
+        """Scale; nothing is corrected."""
         if self._training is not None and self._step >= self._first:
             for name, gradient in zip(names, gradients, strict=True):
                 if (sub_net, name) not in self._factors:
-                    self._factors[sub_net, name] = self._scale(sub_net, name)
+                    self._factors[sub_net, name] = self._scale(self._training, sub_net, name)
                 gradient.mul_(self._factors[sub_net, name])
         return Correction()
 
-    def _scale(self, sub_net: str, name: str) -> Tensor:
-        assert self._training is not None
-        masks = self._training.masks
+    def _scale(self, training: AlternatingSparseTraining, sub_net: str, name: str) -> Tensor:
+        masks = training.masks
         scale = torch.ones(masks.get(sub_net, name).shape)
-        for other in self._training.sub_nets:
+        for other in training.sub_nets:
             if masks.sparsity(other) > masks.sparsity(sub_net):
                 scale[masks.get(other, name)] = self._factor
         return scale
@@ -313,10 +322,12 @@ class SharedBackward:
 
     @hookimpl
     def ast_masks_updated(self, training: AlternatingSparseTraining, sub_net: str, step: int) -> None:
+        """Have the factors made anew."""
         self._extra.clear()
 
     @hookimpl
     def ast_step_finished(self, training: AlternatingSparseTraining, step: int, sub_net: str) -> None:
+        """Count the steps."""
         self._step = step + 1
 
 
@@ -339,11 +350,13 @@ class PrivateParameters:
 
     @hookimpl
     def ast_step_finished(self, training: AlternatingSparseTraining, step: int, sub_net: str) -> None:
+        """Note whose values the model carries when they begin to be private."""
         if self._carried is None and step >= self._first:
             self._carried = sub_net
 
     @hookimpl
     def ast_sub_net_switched(self, training: AlternatingSparseTraining, sub_net: str) -> None:
+        """Bring in the values of the sub-net that trains next."""
         self.put(training, sub_net)
 
     @torch.no_grad()
@@ -380,6 +393,7 @@ class SubNetRates:
 
     @hookimpl
     def ast_sub_net_switched(self, training: AlternatingSparseTraining, sub_net: str) -> None:
+        """Set the factor of the sub-net that trains next."""
         factor = self._factors[training.sub_nets.index(sub_net)]
         for group in training.optimizer.param_groups:
             group["rate"] = factor

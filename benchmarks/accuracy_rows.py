@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from accuracy_runs import FINAL, Settings
+from accuracy_runs import AVERAGE, FINAL, RECALIBRATED, Settings
 from accuracy_tasks import TASKS
 
 ALTERNATING = "alternating"
@@ -49,7 +49,7 @@ class Row:
             seed: The seed.
             steps: Of the reference run; None takes the task's.
         """
-        values = {key: value for key, value in TASKS[task].defaults.items()}
+        values: dict[str, Any] = dict(TASKS[task].defaults)
         for key, value in self.changes.items():
             if key == "learning_rate_times":
                 values["learning_rate"] = values["learning_rate"] * value
@@ -79,7 +79,6 @@ class Table:
 
 TABLES = {
     "baselines": Table(title="{measure}: mean ± standard deviation over the seeds", absolute=True),
-    "gap": Table(title="{measure}: difference from separate training, mean ± standard error", absolute=False),
     "settings": Table(title="{measure}: difference from the alternating row", absolute=False),
     "mechanisms": Table(title="{measure}: difference from the alternating row", absolute=False),
     "separate": Table(title="{measure}: the same given to separate training", absolute=False),
@@ -111,6 +110,8 @@ _LIST = (
         share=None,
         text="joint training, a third of the steps",
     ),
+    Row(name="alternating-2x", table="baselines", share=2.0, text="one alternating run of twice the steps"),
+    Row(name="alternating-3x", table="baselines", share=3.0, text="one alternating run of three times the steps"),
     Row(name=DENSE, table="baselines", changes={"sparsities": (0.0,), **_options(method="static")}, text="dense"),
     Row(name="correction-off", table="settings", changes=_options(correction="off"), text="correction off"),
     Row(
@@ -139,6 +140,92 @@ _LIST = (
         table="settings",
         changes=_cycle((0, (0, 2, 1, 2))),
         text="half of the steps for the sparsest sub-net",
+    ),
+    Row(name="rate-2x", table="mechanisms", changes={"learning_rate_times": 2.0}, text="twice the learning rate"),
+    Row(
+        name="decay-1/3", table="mechanisms", changes={"weight_decay_times": 1 / 3}, text="a third of the weight decay"
+    ),
+    Row(
+        name="recalibrated",
+        table="mechanisms",
+        readout=RECALIBRATED,
+        tasks=("digits",),
+        text="BatchNorm statistics estimated anew at the end",
+    ),
+    Row(name="average", table="mechanisms", readout=AVERAGE, text="weights averaged over the last fifth of the steps"),
+    Row(
+        name="rates",
+        table="mechanisms",
+        changes={"mechanisms": {"rates": [0.6, 1.0, 2.0]}},
+        text="learning rate x .6 / 1 / 2, the sparsest highest",
+    ),
+    Row(
+        name="densest-first",
+        table="mechanisms",
+        changes=_cycle((0, (0,)), (0.2, (0, 1)), (0.35, (0, 1, 2))),
+        text="the densest alone until .2, with the second until .35, then all",
+    ),
+    Row(
+        name="reference-mean",
+        table="mechanisms",
+        changes=_hook(averaged_reference={"decay": 0.9, "others": "all"}),
+        text="correction against running means of all other sub-nets' gradients",
+    ),
+    Row(
+        name="owner-scaling",
+        table="mechanisms",
+        changes=_hook(owner_scaling=0.5),
+        text="gradients of weights that k of N sub-nets keep, times sqrt(N / k); no correction",
+    ),
+    Row(
+        name="sparsest-owns",
+        table="mechanisms",
+        changes=_hook(sparsest_owns=[0.7, 0.3]),
+        text="from .7 on, weights of a sparser sub-net take .3 of the denser ones' gradients; no correction",
+    ),
+    Row(
+        name="private-norms",
+        table="mechanisms",
+        changes={"mechanisms": {"private_parameters": ["*norm*", "*.bias"]}},
+        tasks=("bytes",),
+        text="private LayerNorms and biases",
+    ),
+    Row(
+        name="split",
+        table="mechanisms",
+        changes={"mechanisms": {"split": 0.7}, **_options(correction="off")},
+        text="from .7 on, nothing is shared; correction off",
+    ),
+    Row(
+        name="beyond-the-mask",
+        table="mechanisms",
+        changes={"mechanisms": {"shared_backward": [1.0, 0.5]}, **_options(correction="off")},
+        text="during the ramp, dropped weights that another sub-net keeps learn too; correction off",
+    ),
+    Row(
+        name="separate-rate-2x",
+        table="separate",
+        alone=True,
+        reference=SEPARATE,
+        changes={"learning_rate_times": 2.0},
+        text="twice the learning rate",
+    ),
+    Row(
+        name="separate-average",
+        table="separate",
+        alone=True,
+        reference=SEPARATE,
+        readout=AVERAGE,
+        text="weights averaged over the last fifth of the steps",
+    ),
+    Row(
+        name="separate-recalibrated",
+        table="separate",
+        alone=True,
+        reference=SEPARATE,
+        readout=RECALIBRATED,
+        tasks=("digits",),
+        text="BatchNorm statistics estimated anew at the end",
     ),
 )
 

@@ -26,6 +26,7 @@ from ast_plugin.training import AlternatingSparseTraining
 
 FINAL = "final"
 RECALIBRATED = "recalibrated"
+AVERAGE = "average 0.2"
 WINDOWS = (0.2,)
 RECALIBRATION_BATCHES = 16
 WARMUP_STEPS = 50
@@ -196,4 +197,3 @@ def readouts(
         controller.recalibrate(loader)
         found[f"average {window:g}"] = measured()
     return found
-

@@ -12,7 +12,7 @@ import math
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,15 +31,13 @@ class Task(Protocol):
         name: How it is asked for.
         defaults: Steps, sparsities, optimizer and `ASTConfig` settings of its reference run.
         measures: What `measure` returns, the main figure first, with its unit.
-        lower_is_better: Whether a smaller main figure is a better one.
-        tolerance: How much worse than separate training is still called as good, in units of the main figure.
+        decimals: Of the main figure in tables.
     """
 
     name: str
-    defaults: Mapping[str, Any]
-    measures: Mapping[str, str]
-    lower_is_better: bool
-    tolerance: float
+    defaults: ClassVar[Mapping[str, Any]]
+    measures: ClassVar[Mapping[str, str]]
+    decimals: int
 
     def model(self) -> nn.Module:
         """Return a new network, initialized from torch's global generator."""
@@ -58,10 +56,9 @@ class Digits:
     """The demo's task and network: scikit-learn's handwritten digits, augmented; a residual network with BatchNorm."""
 
     name = "digits"
-    lower_is_better = False
-    tolerance = 0.3
-    measures = {"accuracy": "%", "loss": "nats"}
-    defaults: Mapping[str, Any] = {
+    decimals = 2
+    measures: ClassVar[Mapping[str, str]] = {"accuracy": "%", "loss": "nats"}
+    defaults: ClassVar[Mapping[str, Any]] = {
         "steps": 1800,
         "sparsities": (0.90, 0.95, 0.98),
         "optimizer": "sgd",
@@ -74,15 +71,19 @@ class Digits:
         self._digits = load_digits()
 
     def model(self) -> nn.Module:
+        """See `Task.model`."""
         return DigitsResNet()
 
     def batch(self, step: int, *, seed: int) -> Batch:
+        """See `Task.batch`."""
         return self._digits.batch(step, seed=seed, batch_size=64)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """See `Task.loss`."""
         return functional.cross_entropy(model(batch[0]), batch[1])
 
     def measure(self, model: nn.Module) -> dict[str, float]:
+        """See `Task.measure`."""
         images, labels = self._digits.test_images, self._digits.test_labels
         right, loss = 0, 0.0
         with torch.no_grad():
@@ -100,12 +101,11 @@ class Bytes:
     """
 
     name = "bytes"
-    lower_is_better = True
-    tolerance = 0.01
-    measures = {"bits": "bits per byte", "accuracy": "%"}
+    decimals = 3
+    measures: ClassVar[Mapping[str, str]] = {"bits": "bits per byte", "accuracy": "%"}
     context = 64
     batch_size = 8
-    defaults: Mapping[str, Any] = {
+    defaults: ClassVar[Mapping[str, Any]] = {
         "steps": 1000,
         "sparsities": (0.80, 0.90, 0.95),
         "optimizer": "adamw",
@@ -119,17 +119,21 @@ class Bytes:
         self.train, self.held_out = standard_library()
 
     def model(self) -> nn.Module:
+        """See `Task.model`."""
         return ByteNet()
 
     def batch(self, step: int, *, seed: int) -> Batch:
+        """See `Task.batch`."""
         generator = seeded_generator("bytes", seed, step)
         starts = torch.randint(len(self.train) - self.context, (self.batch_size,), generator=generator)
         return self._windows(self.train, starts)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """See `Task.loss`."""
         return functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
     def measure(self, model: nn.Module) -> dict[str, float]:
+        """See `Task.measure`."""
         # Windows evenly spread over the held-out files; of each, the second half is measured, which has context.
         starts = torch.linspace(0, len(self.held_out) - self.context - 1, 1024).long()
         half = self.context // 2
@@ -206,8 +210,8 @@ def standard_library(folder: Path | None = None) -> tuple[Tensor, Tensor]:
     for file in files:
         held_out = hashlib.blake2b(file.name.encode(), digest_size=2).digest()[0] % 10 == 0
         parts[held_out].append(file.read_bytes())
-    train, held_out_bytes = (torch.frombuffer(bytearray(b"".join(parts[kind])), dtype=torch.uint8) for kind in (False, True))
-    return train, held_out_bytes
+    train, measured = (torch.frombuffer(bytearray(b"".join(parts[k])), dtype=torch.uint8) for k in (False, True))
+    return train, measured
 
 
 TASKS: dict[str, type[Digits] | type[Bytes]] = {task.name: task for task in (Digits, Bytes)}
