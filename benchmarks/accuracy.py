@@ -40,7 +40,7 @@ SEEDS = 5
 
 # Two-sided 5 % points of Student's t by degrees of freedom; beyond them the normal distribution's is near enough.
 _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-_MARKER = re.compile(
+MARKER = re.compile(
     r"(?P<begin><!-- table: (?P<task>\w+)/(?P<table>\w+) -->\n).*?(?P<end><!-- end of table -->)", re.DOTALL
 )
 
@@ -95,13 +95,13 @@ class Outcome:
     time: float | None
 
 
-def outcome(row: Row, task: str, seed: int, results: Results) -> Outcome | None:
+def outcome(row: Row, task: str, seed: int, results: Results, steps: int | None = None) -> Outcome | None:
     """Return what a row came to; None if a run of it is missing."""
-    found = [results.get(key(settings)) for settings in row.runs(task, seed)]
+    found = [results.get(key(settings)) for settings in row.runs(task, seed, steps=steps)]
     runs = [entry for entry in found if entry is not None and row.readout in entry["figures"]]
     if len(runs) < len(found):
         return None
-    references = [entry.get("reference_seconds") or _reference_seconds(task, results) for entry in runs]
+    references = [entry.get("reference_seconds") or _reference_seconds(task, results, steps) for entry in runs]
     return Outcome(
         figures={name: values for entry in runs for name, values in entry["figures"][row.readout].items()},
         passes=sum(passes(entry["settings"]) for entry in runs),
@@ -114,9 +114,9 @@ def passes(settings: Mapping[str, Any]) -> int:
     return int(settings["steps"]) * (len(settings["sparsities"]) if settings["joint"] else 1)
 
 
-def _reference_seconds(task: str, results: Results) -> float | None:
+def _reference_seconds(task: str, results: Results, steps: int | None) -> float | None:
     """Return what the reference run takes, the mean over its seeds measured in this file's own sitting."""
-    entries = [results.get(key(s)) for seed in range(SEEDS) for s in ROWS[ALTERNATING].runs(task, seed)]
+    entries = [results.get(key(s)) for seed in range(SEEDS) for s in ROWS[ALTERNATING].runs(task, seed, steps=steps)]
     seconds = [entry["seconds"] for entry in entries if entry is not None and "reference_seconds" not in entry]
     return statistics.mean(seconds) if seconds else None
 
@@ -132,7 +132,7 @@ def difference(ours: Sequence[float], theirs: Sequence[float], decimals: int = 2
     return f"{mean:+.{decimals}f} ± {error:.{decimals}f}{'*' if clear else ''}"
 
 
-def table(task: str, name: str, seeds: Sequence[int], results: Results) -> TextTable:
+def table(task: str, name: str, seeds: Sequence[int], results: Results, steps: int | None = None) -> TextTable:
     """Return one line a row: per sub-net mean and standard deviation, or the difference; cost; seeds.
 
     Args:
@@ -140,6 +140,7 @@ def table(task: str, name: str, seeds: Sequence[int], results: Results) -> TextT
         name: One of `TABLES`.
         seeds: Which seeds to use, as far as they were run.
         results: The runs on file.
+        steps: Of the reference run; None takes the task's.
     """
     measure = next(iter(TASKS[task].measures))
     names = [sparsity_name(s) for s in TASKS[task].defaults["sparsities"]]
@@ -148,9 +149,9 @@ def table(task: str, name: str, seeds: Sequence[int], results: Results) -> TextT
     for row in ROWS.values():
         if row.table != name or task not in row.tasks:
             continue
-        outcomes = {seed: outcome(row, task, seed, results) for seed in seeds}
-        theirs = {seed: outcome(ROWS[row.reference], task, seed, results) for seed in seeds}
-        base = {seed: outcome(ROWS[ALTERNATING], task, seed, results) for seed in seeds}
+        outcomes = {seed: outcome(row, task, seed, results, steps) for seed in seeds}
+        theirs = {seed: outcome(ROWS[row.reference], task, seed, results, steps) for seed in seeds}
+        base = {seed: outcome(ROWS[ALTERNATING], task, seed, results, steps) for seed in seeds}
         done = [s for s in seeds if outcomes[s] and base[s] and (absolute or theirs[s])]
         if not done:
             continue
@@ -194,9 +195,11 @@ def write_tables(page: Path, seeds: Sequence[int], results: Results) -> None:
     """Renew the tables of a page: what stands between ``<!-- table: TASK/TABLE -->`` and ``<!-- end of table -->``."""
 
     def renewed(match: re.Match[str]) -> str:
-        return match["begin"] + "\n" + markdown(table(match["task"], match["table"], seeds, results)) + match["end"]
+        return (
+            match["begin"] + "\n" + markdown(table(match["task"], match["table"], seeds, results)) + "\n" + match["end"]
+        )
 
-    atomic_write_text(page, _MARKER.sub(renewed, page.read_text(encoding="utf-8")))
+    atomic_write_text(page, MARKER.sub(renewed, page.read_text(encoding="utf-8")))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -205,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: both")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW", help=f"of: {', '.join(ROWS)}")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"number of seeds, from 0 (default: {SEEDS})")
+    parser.add_argument("--steps", type=int, help="of the alternating run, for a quick trial")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, one thread each (default: 1)")
     parser.add_argument("--output", type=Path, default=RESULTS, help=f"JSON file (default: {RESULTS.name})")
     parser.add_argument("--no-runs", action="store_true", help="only show what is on file")
@@ -227,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = read(args.output)
     for task in args.task:
         for name in TABLES:
-            if (found := table(task, name, seeds, results)).rows:
+            if (found := table(task, name, seeds, results, args.steps)).rows:
                 print(f"\n{task}\n{plain_table(found)}")
     if args.markdown:
         write_tables(args.markdown, seeds, results)

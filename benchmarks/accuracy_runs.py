@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 import ast_plugin
+from accuracy_gradients import SharedBackward
 from accuracy_joint import JointTraining
-from accuracy_mechanisms import LateAverage, PrivateParameters, SharedBackward, build_mechanism
+from accuracy_mechanisms import LateAverage, PrivateParameters, build_mechanism
 from accuracy_tasks import TASKS, Batch, Task
 from ast_plugin.config import CorrectionOptions
 from ast_plugin.training import AlternatingSparseTraining

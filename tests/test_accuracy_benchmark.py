@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,9 +14,13 @@ import torch
 from torch import nn
 
 import ast_plugin
+from ast_plugin.hookspecs import hookimpl
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+PAGE = BENCHMARKS.parent / "docs" / "evidence.md"
 sys.path.insert(0, str(BENCHMARKS))
+
+import accuracy_gradients as gradients  # noqa: E402
 
 import accuracy  # noqa: E402  # it lies beside the benchmark, not on the path
 import accuracy_joint  # noqa: E402
@@ -222,3 +229,191 @@ def test_a_cycle_trains_the_sub_nets_that_it_lists_and_changes_its_list_on_time(
     assert train(training, 12) == ["s25"] * 6 + ["s25", "s75", "s50", "s75", "s25", "s75"]
     order = training._parts.alternation
     assert [order.is_group_start(step) for step in range(5, 12)] == [True, True, False, False, False, True, False]
+
+
+def test_runs_are_added_to_those_that_others_have_stored_meanwhile(tmp_path: Path) -> None:
+    path = tmp_path / "accuracy.json"
+    first, second = entry(settings(), 1.0, s25=90.0), entry(settings(seed=1), 1.0, s25=91.0)
+    accuracy.store(path, first)
+    accuracy.store(path, second)
+    accuracy.store(path, {**first, "seconds": 2.0})
+    found = accuracy.read(path)
+    assert [found[accuracy.key(settings(seed=seed))]["seconds"] for seed in (0, 1)] == [2.0, 1.0]
+    assert accuracy.key(settings(momentum=0.5)) not in found
+
+
+def test_only_what_stands_between_the_markers_of_a_page_is_renewed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = row(name=accuracy_rows.ALTERNATING, text="alternating", table="baselines")
+    monkeypatch.setattr(accuracy, "ROWS", {base.name: base})
+    (settings,) = base.runs("toy", 0)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table: toy/baselines -->\nold\n<!-- end of table -->\nafter\n", encoding="utf-8")
+    accuracy.write_tables(page, [0], {accuracy.key(settings): entry(settings, 1.0, s25=90.0, s50=80.0, s75=70.0)})
+    assert page.read_text(encoding="utf-8").splitlines() == [
+        "before",
+        "<!-- table: toy/baselines -->",
+        "",
+        "|  | s25 | s50 | s75 | passes | time | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| alternating | 90.00 ± 0.00 | 80.00 ± 0.00 | 70.00 ± 0.00 | 1.00 | 1.00 | 1 |",
+        "",
+        "<!-- end of table -->",
+        "after",
+    ]
+
+
+def test_the_page_shows_what_is_on_file() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    results = accuracy.read(accuracy.RESULTS)
+    shown = list(accuracy.MARKER.finditer(text))
+    assert len(shown) >= 6
+    for found in shown:
+        wanted = accuracy.markdown(accuracy.table(found["task"], found["table"], range(accuracy.SEEDS), results))
+        assert found.group(0).splitlines()[2:-2] == wanted.splitlines()
+
+
+def test_bytes_come_from_the_standard_library_and_held_out_files_are_others(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"module{number}.py").write_text(f"<{number}>", encoding="utf-8")
+    train, held_out = (bytes(part.tolist()).decode() for part in tasks.standard_library(tmp_path))
+    numbers = [set(re.findall(r"<(\d+)>", text)) for text in (train, held_out)]
+    assert numbers[0] | numbers[1] == {str(number) for number in range(40)}
+    assert not numbers[0] & numbers[1]
+    assert 0 < len(numbers[1]) < 12
+
+
+def test_a_byte_is_predicted_from_those_before_it_alone() -> None:
+    torch.manual_seed(0)
+    net = tasks.ByteNet(16).eval()
+    inputs = torch.randint(256, (2, 64), generator=torch.Generator().manual_seed(0))
+    changed = inputs.clone()
+    changed[:, 40] = (changed[:, 40] + 1) % 256
+    before, after = net(inputs), net(changed)
+    assert torch.equal(before[:, :40], after[:, :40])
+    assert not torch.equal(before[:, 40], after[:, 40])
+
+
+def test_a_batch_of_bytes_has_the_next_byte_as_target_and_depends_on_seed_and_step() -> None:
+    task = tasks.Bytes()
+    inputs, targets = task.batch(3, seed=1)
+    assert inputs.shape == targets.shape == (8, 64)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    assert torch.equal(task.batch(3, seed=1)[0], inputs)
+    assert not torch.equal(task.batch(4, seed=1)[0], inputs)
+    assert not torch.equal(task.batch(3, seed=2)[0], inputs)
+
+
+@pytest.mark.extra("demo")
+@pytest.mark.slow
+def test_runs_on_file_are_not_repeated(tmp_path: Path) -> None:
+    output = tmp_path / "accuracy.json"
+    command = [sys.executable, str(BENCHMARKS / "accuracy.py"), "--task", "digits", "--steps", "40", "--seeds", "1"]
+
+    def run(*rows: str) -> str:
+        options = ["--output", str(output), "--rows", *rows]
+        return subprocess.run([*command, *options], capture_output=True, text=True, check=True).stdout
+
+    assert "[1/1] digits, seed 0: s0 " in run("dense")
+    second = run("dense", "alternating")
+    assert "[1/1] digits, seed 0: s90 " in second
+    assert "\ndense " in second
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert sorted(len(entry["settings"]["sparsities"]) for entry in found) == [1, 3]
+    assert all(entry["settings"]["steps"] == 40 for entry in found)
+
+
+def test_a_mean_reference_takes_away_what_opposes_it_and_averages_what_came() -> None:
+    plugin = gradients.AveragedReference(decay=0.5, others="all")
+    options = ast_plugin.CorrectionOptions()
+
+    def correct(values: list[float], sub_net: str) -> list[float]:
+        gradient = torch.tensor(values)
+        plugin.ast_correct_gradients([gradient], [], options, ["w"], sub_net)
+        return gradient.tolist()
+
+    assert correct([1.0, 0.0, 2.0], "a") == [1.0, 0.0, 2.0]
+    assert correct([3.0, 0.0, 2.0], "a") == [3.0, 0.0, 2.0]
+    # Mean of a: [2, 0, 2], inside b's mask [2, 0, 0]: the first weight opposes it and nothing of it is left.
+    assert correct([-1.0, 4.0, 0.0], "b") == [0.0, 4.0, 0.0]
+    # b's mean is its gradient as it came, [-1, 4, 0], so this agrees with it.
+    assert correct([-2.0, 1.0, 1.0], "a") == [-2.0, 1.0, 1.0]
+
+
+def test_weights_that_few_keep_get_larger_gradients_or_are_left_to_the_sparsest() -> None:
+    training = controller(type("Nothing", (), {"ast_training_finished": hookimpl(lambda self: None)})())
+    name = training.masks.parameters[0]
+    shape = training.masks.get("s25", name).shape
+    masks = {"s25": [1, 1, 1, 0], "s50": [1, 1, 0, 0], "s75": [1, 0, 0, 0]}
+    for sub_net, kept in masks.items():
+        full = torch.zeros(shape, dtype=torch.bool).flatten()
+        full[:4] = torch.tensor(kept, dtype=torch.bool)
+        training.masks.set(sub_net, name, full.view(shape))
+
+    def scaled(plugin: Any, sub_net: str) -> list[float]:
+        gradient = torch.ones(shape)
+        plugin.ast_correct_gradients([gradient], [], ast_plugin.CorrectionOptions(), [name], sub_net)
+        return gradient.flatten()[:3].tolist()
+
+    owner = gradients.OwnerScaling(1.0)
+    owner.ast_masks_updated(training, "s25", 0)
+    assert scaled(owner, "s25") == [1.0, 1.5, 3.0]
+    sparsest = gradients.SparsestOwns(first=5, factor=0.25)
+    sparsest.ast_step_finished(training, 3, "s25")
+    assert scaled(sparsest, "s25") == [1.0, 1.0, 1.0]
+    sparsest.ast_step_finished(training, 4, "s25")
+    assert scaled(sparsest, "s25") == [0.25, 0.25, 1.0]
+    assert scaled(sparsest, "s50") == [0.25, 1.0, 1.0]
+    assert scaled(sparsest, "s75") == [1.0, 1.0, 1.0]
+
+
+def test_private_parameters_are_trained_by_their_own_sub_net_alone() -> None:
+    private = mechanisms.PrivateParameters(["3.bias"], first=6)
+    training = controller(private)
+    bias = training.model[3].bias
+    train(training, 7)  # the last of them begins the privacy and trains s25
+    first = bias.detach().clone()
+    trained = train(training, 2)
+    assert trained == ["s50", "s75"]
+    private.put(training, "s25")
+    assert torch.equal(bias, first)
+    private.put(training, "s50")
+    assert not torch.equal(bias, first)
+
+
+def test_gradients_beyond_the_mask_reach_weights_that_another_sub_net_keeps() -> None:
+    torch.manual_seed(0)
+    model = Toy().model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plugin = gradients.SharedBackward(1.0, until=4)
+    plugin.before_wrap(model)
+    training = ast_plugin.wrap(
+        optimizer, model, sparsities=(0.25, 0.75), total_steps=60, method="static", end_step=0.5, plugins=[plugin]
+    )
+    plugin.after_wrap(training)
+    name = training.masks.parameters[-1]
+    dense, sparse = training.masks.get("s25", name), training.masks.get("s75", name)
+
+    def moved() -> torch.Tensor:
+        before = model.get_parameter(name).detach().clone()
+        train(training, 1)
+        return model.get_parameter(name).detach() != before
+
+    # Step by step: s25, s75 with more than its own weights, s25, s75 likewise, s25, s75 with its own alone.
+    train(training, 1)
+    beyond = moved()
+    assert (beyond & dense & ~sparse).any()
+    assert not (beyond & ~dense & ~sparse).any()
+    train(training, 3)
+    assert training.active == "s75"
+    assert not (moved() & ~sparse).any()
+
+
+def test_the_learning_rate_follows_the_sub_net() -> None:
+    training = controller(mechanisms.SubNetRates([0.5, 1.0, 2.0]))
+    rates = []
+    for _ in range(4):
+        train(training, 1)
+        rates.append((training.active, training.optimizer.param_groups[0]["rate"]))
+    assert rates == [("s50", 1.0), ("s75", 2.0), ("s25", 0.5), ("s50", 1.0)]
