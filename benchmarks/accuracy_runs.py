@@ -31,6 +31,7 @@ AVERAGE = "average 0.2"
 WINDOWS = (0.2,)
 RECALIBRATION_BATCHES = 16
 WARMUP_STEPS = 50
+LATE = 0.6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,8 @@ class Settings:
         sparsities: One sub-net each.
         steps: Optimizer steps of the whole run.
         optimizer: ``sgd`` (momentum) or ``adamw`` (with a short warm-up).
-        learning_rate: At its highest; it falls along half a cosine.
+        learning_rate: At its highest.
+        schedule: How it falls: ``cosine``, half of one over the run; ``late``, after `LATE` of the run, in a line.
         weight_decay: On all parameters.
         momentum: Of SGD; the first of AdamW's two decay rates.
         options: Further settings of `ASTConfig`.
@@ -58,6 +60,7 @@ class Settings:
     optimizer: str
     learning_rate: float
     weight_decay: float
+    schedule: str = "cosine"
     momentum: float = 0.9
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mechanisms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -77,6 +80,8 @@ class Settings:
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a step."""
         warmup = min(1.0, (step + 1) / WARMUP_STEPS) if self.optimizer == "adamw" else 1.0
+        if self.schedule == "late":
+            return self.learning_rate * warmup * min(1.0, (1 - step / self.steps) / (1 - LATE))
         return self.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 

@@ -20,9 +20,8 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 PAGE = BENCHMARKS.parent / "docs" / "evidence.md"
 sys.path.insert(0, str(BENCHMARKS))
 
-import accuracy_gradients as gradients  # noqa: E402
-
 import accuracy  # noqa: E402  # it lies beside the benchmark, not on the path
+import accuracy_gradients as gradients  # noqa: E402
 import accuracy_joint  # noqa: E402
 import accuracy_mechanisms as mechanisms  # noqa: E402
 import accuracy_rows  # noqa: E402
