@@ -98,6 +98,8 @@ def _hook(**mechanism: Any) -> dict[str, Any]:
     return {"options": {"correction": {"scope": "layer", "first_step": True}}, "mechanisms": mechanism}
 
 
+_SPARSEST_FIRST = _cycle((0, (2,)), (0.2, (2, 1)), (0.35, (2, 1, 0)))
+
 _LIST = (
     Row(name=ALTERNATING, table="baselines", text="one alternating run"),
     Row(name=SEPARATE, table="baselines", alone=True, text="trained separately, all the steps each"),
@@ -160,6 +162,24 @@ _LIST = (
         text="learning rate x .6 / 1 / 2, the sparsest highest",
     ),
     Row(
+        name="sparsest-first",
+        table="mechanisms",
+        changes=_SPARSEST_FIRST,
+        text="sparsest sub-net first: alone until .2, with the second until .35, then all",
+    ),
+    Row(
+        name="late-decay",
+        table="mechanisms",
+        changes={"schedule": "late"},
+        text="learning rate constant until .6, then a line to 0",
+    ),
+    Row(
+        name="late-decay-sparsest-first",
+        table="mechanisms",
+        changes={"schedule": "late", **_SPARSEST_FIRST},
+        text="both: constant until .6, and sparsest first",
+    ),
+    Row(
         name="densest-first",
         table="mechanisms",
         changes=_cycle((0, (0,)), (0.2, (0, 1)), (0.35, (0, 1, 2))),
@@ -209,6 +229,14 @@ _LIST = (
         reference=SEPARATE,
         changes={"learning_rate_times": 2.0},
         text="twice the learning rate",
+    ),
+    Row(
+        name="separate-late-decay",
+        table="separate",
+        alone=True,
+        reference=SEPARATE,
+        changes={"schedule": "late"},
+        text="learning rate constant until .6, then a line to 0",
     ),
     Row(
         name="separate-average",
