@@ -79,6 +79,7 @@ class Table:
 
 TABLES = {
     "baselines": Table(title="{measure}: mean ± standard deviation over the seeds", absolute=True),
+    "goal": Table(title="{measure}: difference from separate training at three times the cost", absolute=False),
     "settings": Table(title="{measure}: difference from the alternating row", absolute=False),
     "mechanisms": Table(title="{measure}: difference from the alternating row", absolute=False),
     "separate": Table(title="{measure}: the same given to separate training", absolute=False),
@@ -113,8 +114,21 @@ _LIST = (
         text="joint training, a third of the steps",
     ),
     Row(name="alternating-2x", table="baselines", share=2.0, text="one alternating run of twice the steps"),
-    Row(name="alternating-3x", table="baselines", share=3.0, text="one alternating run of three times the steps"),
+    Row(name="alternating-3x", table="baselines", share=3.0, text="one alternating run of three times as many"),
     Row(name=DENSE, table="baselines", changes={"sparsities": (0.0,), **_options(method="static")}, text="dense"),
+    Row(name="goal-alternating", table="goal", reference=SEPARATE, text="one alternating run"),
+    Row(name="goal-2x", table="goal", reference=SEPARATE, share=2.0, text="one alternating run of twice the steps"),
+    Row(
+        name="goal-3x", table="goal", reference=SEPARATE, share=3.0, text="one alternating run of three times as many"
+    ),
+    Row(name="goal-joint", table="goal", reference=SEPARATE, changes={"joint": True}, text="joint training"),
+    Row(
+        name="goal-late-decay",
+        table="goal",
+        reference="separate-late-decay",
+        changes={"schedule": "late", **_SPARSEST_FIRST},
+        text="alternating, late decay and sparsest first, against separate with late decay",
+    ),
     Row(name="correction-off", table="settings", changes=_options(correction="off"), text="correction off"),
     Row(
         name="correction-global",
