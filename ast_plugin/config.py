@@ -102,12 +102,12 @@ class ASTConfig:
     inactive: Literal["coast", "freeze"] = "coast"
     update_interval: Moment = 0.02
     stagger: bool = True
-    drop_fraction: float = 0.5
+    drop_fraction: float = 0.1
     drop_fraction_end: float = 0.005
     drop_schedule: Literal["cosine", "constant"] = "cosine"
     initial_sparsity: float | None = None
     begin_step: Moment = 0
-    end_step: Moment = 0.7
+    end_step: Moment = 0.5
     grow_initialization: Literal["keep", "zero"] | None = None
     allow_empty_layers: bool = False
     include: tuple[str, ...] = ()

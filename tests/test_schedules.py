@@ -168,11 +168,11 @@ def test_a_fraction_without_total_steps_is_refused(name):
     [
         # 0.7 of 8 steps is step 6, after which only step 7 is left for 3 sub-nets; of 9 it is step 6 with 3 left.
         (
-            {"total_steps": 8},
+            {"total_steps": 8, "end_step": 0.7},
             r"total_steps=8 is too small for end_step=0.7 \(step 6\).* works with these settings is 9$",
         ),
         (
-            {"total_steps": 1000, "begin_step": 800},
+            {"total_steps": 1000, "begin_step": 800, "end_step": 0.7},
             r"end_step must lie after begin_step, got end_step=0.7 \(step 700\)",
         ),
         ({"total_steps": 60, "end_step": 70}, "too small for end_step=70: .* lower end_step to at most 57; .* is 73$"),

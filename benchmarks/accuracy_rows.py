@@ -1,0 +1,274 @@
+"""The rows of `accuracy.py`: what is compared, in words and in settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from accuracy_runs import AVERAGE, FINAL, RECALIBRATED, Settings
+from accuracy_tasks import TASKS
+
+ALTERNATING = "alternating"
+SEPARATE = "separate"
+SHARE = "separate-share"
+DENSE = "dense"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a table.
+
+    Attributes:
+        name: How it is asked for.
+        text: What it is, for the table.
+        table: The table that it belongs to.
+        changes: What differs from the task's reference run, by names of `Settings`; mappings are merged.
+        alone: Whether every sub-net is trained in a run of its own.
+        share: Which share of the reference run's steps each run makes; None: one in as many as there are sub-nets.
+        readout: How its runs are measured.
+        tasks: Where it makes sense.
+        reference: The row that differences are taken from.
+    """
+
+    name: str
+    text: str
+    table: str
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    alone: bool = False
+    share: float | None = 1.0
+    readout: str = FINAL
+    tasks: tuple[str, ...] = tuple(TASKS)
+    reference: str = ALTERNATING
+
+    def runs(self, task: str, seed: int, *, steps: int | None = None) -> Iterator[Settings]:
+        """Yield the settings of the row's runs for one seed.
+
+        Args:
+            task: Name of the task.
+            seed: The seed.
+            steps: Of the reference run; None takes the task's.
+        """
+        values: dict[str, Any] = dict(TASKS[task].defaults)
+        for key, value in self.changes.items():
+            if key == "learning_rate_times":
+                values["learning_rate"] = values["learning_rate"] * value
+            elif key == "weight_decay_times":
+                values["weight_decay"] = values["weight_decay"] * value
+            else:
+                values[key] = {**values.get(key, {}), **value} if isinstance(value, Mapping) else value
+        sparsities = values["sparsities"]
+        share = self.share if self.share is not None else 1 / len(sparsities)
+        values["steps"] = round((steps or values["steps"]) * share)
+        for chosen in [(s,) for s in sparsities] if self.alone else [sparsities]:
+            yield Settings(task=task, seed=seed, **{**values, "sparsities": chosen})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of rows.
+
+    Attributes:
+        title: With ``{measure}`` for the figure shown.
+        absolute: Whether it shows the figures themselves, not differences from each row's reference.
+    """
+
+    title: str
+    absolute: bool
+
+
+TABLES = {
+    "baselines": Table(title="{measure}: mean ± standard deviation over the seeds", absolute=True),
+    "goal": Table(title="{measure}: difference from separate training at three times the cost", absolute=False),
+    "settings": Table(title="{measure}: difference from the alternating row", absolute=False),
+    "mechanisms": Table(title="{measure}: difference from the alternating row", absolute=False),
+    "separate": Table(title="{measure}: the same given to separate training", absolute=False),
+}
+
+
+def _options(**options: Any) -> dict[str, Any]:
+    return {"options": options}
+
+
+def _cycle(*stages: tuple[float, tuple[int, ...]]) -> dict[str, Any]:
+    return {"options": {"alternation": "cycle"}, "mechanisms": {"cycle": [[s, list(c)] for s, c in stages]}}
+
+
+def _hook(**mechanism: Any) -> dict[str, Any]:
+    """Return changes that bring in a plugin of the correction hook, called at every step."""
+    return {"options": {"correction": {"scope": "layer", "first_step": True}}, "mechanisms": mechanism}
+
+
+_SPARSEST_FIRST = _cycle((0, (2,)), (0.2, (2, 1)), (0.35, (2, 1, 0)))
+
+_LIST = (
+    Row(name=ALTERNATING, table="baselines", text="one alternating run"),
+    Row(name=SEPARATE, table="baselines", alone=True, text="trained separately, all the steps each"),
+    Row(name=SHARE, table="baselines", alone=True, share=None, text="trained separately, a third of the steps each"),
+    Row(name="joint", table="baselines", changes={"joint": True}, text="joint training, all the steps"),
+    Row(
+        name="joint-share",
+        table="baselines",
+        changes={"joint": True},
+        share=None,
+        text="joint training, a third of the steps",
+    ),
+    Row(name="alternating-2x", table="baselines", share=2.0, text="one alternating run of twice the steps"),
+    Row(name="alternating-3x", table="baselines", share=3.0, text="one alternating run of three times as many"),
+    Row(name=DENSE, table="baselines", changes={"sparsities": (0.0,), **_options(method="static")}, text="dense"),
+    Row(name="goal-alternating", table="goal", reference=SEPARATE, text="one alternating run"),
+    Row(name="goal-2x", table="goal", reference=SEPARATE, share=2.0, text="one alternating run of twice the steps"),
+    Row(
+        name="goal-3x", table="goal", reference=SEPARATE, share=3.0, text="one alternating run of three times as many"
+    ),
+    Row(name="goal-joint", table="goal", reference=SEPARATE, changes={"joint": True}, text="joint training"),
+    Row(
+        name="goal-late-decay",
+        table="goal",
+        reference="separate-late-decay",
+        changes={"schedule": "late", **_SPARSEST_FIRST},
+        text="alternating, late decay and sparsest first, against separate with late decay",
+    ),
+    Row(name="correction-off", table="settings", changes=_options(correction="off"), text="correction off"),
+    Row(
+        name="correction-global",
+        table="settings",
+        changes=_options(correction="global"),
+        text="correction over all layers together",
+    ),
+    Row(
+        name="correction-first-step",
+        table="settings",
+        changes=_options(correction={"scope": "layer", "first_step": True}),
+        text="correction at every step, the first of a group too",
+    ),
+    Row(name="freeze", table="settings", changes=_options(inactive="freeze"), text="inactive weights frozen"),
+    Row(name="drop-0", table="settings", changes=_options(drop_fraction=0.0), text="drop fraction 0: no regrowth"),
+    Row(name="drop-.5", table="settings", changes=_options(drop_fraction=0.5), text="drop fraction .5"),
+    Row(name="interval-.02", table="settings", changes=_options(update_interval=0.02), text="update interval .02"),
+    Row(name="interval-.1", table="settings", changes=_options(update_interval=0.1), text="update interval .1"),
+    Row(name="ramp-.3", table="settings", changes=_options(end_step=0.3), text="ramp ends at .3"),
+    Row(name="ramp-.7", table="settings", changes=_options(end_step=0.7), text="ramp ends at .7"),
+    Row(name="reverse", table="settings", changes=_cycle((0, (2, 1, 0))), text="sparsest sub-net first in a group"),
+    Row(name="random", table="settings", changes=_options(alternation="random"), text="random order"),
+    Row(
+        name="sparsest-twice",
+        table="settings",
+        changes=_cycle((0, (0, 2, 1, 2))),
+        text="half of the steps for the sparsest sub-net",
+    ),
+    Row(name="rate-2x", table="mechanisms", changes={"learning_rate_times": 2.0}, text="twice the learning rate"),
+    Row(
+        name="decay-1/3", table="mechanisms", changes={"weight_decay_times": 1 / 3}, text="a third of the weight decay"
+    ),
+    Row(
+        name="recalibrated",
+        table="mechanisms",
+        readout=RECALIBRATED,
+        tasks=("digits",),
+        text="BatchNorm statistics estimated anew at the end",
+    ),
+    Row(name="average", table="mechanisms", readout=AVERAGE, text="weights averaged over the last fifth of the steps"),
+    Row(
+        name="rates",
+        table="mechanisms",
+        changes={"mechanisms": {"rates": [0.6, 1.0, 2.0]}},
+        text="learning rate x .6 / 1 / 2, the sparsest highest",
+    ),
+    Row(
+        name="sparsest-first",
+        table="mechanisms",
+        changes=_SPARSEST_FIRST,
+        text="sparsest sub-net first: alone until .2, with the second until .35, then all",
+    ),
+    Row(
+        name="late-decay",
+        table="mechanisms",
+        changes={"schedule": "late"},
+        text="learning rate constant until .6, then a line to 0",
+    ),
+    Row(
+        name="late-decay-sparsest-first",
+        table="mechanisms",
+        changes={"schedule": "late", **_SPARSEST_FIRST},
+        text="both: constant until .6, and sparsest first",
+    ),
+    Row(
+        name="densest-first",
+        table="mechanisms",
+        changes=_cycle((0, (0,)), (0.2, (0, 1)), (0.35, (0, 1, 2))),
+        text="the densest alone until .2, with the second until .35, then all",
+    ),
+    Row(
+        name="reference-mean",
+        table="mechanisms",
+        changes=_hook(averaged_reference={"decay": 0.9, "others": "all"}),
+        text="correction against running means of all other sub-nets' gradients",
+    ),
+    Row(
+        name="owner-scaling",
+        table="mechanisms",
+        changes=_hook(owner_scaling=0.5),
+        text="gradients of weights that k of N sub-nets keep, times sqrt(N / k); no correction",
+    ),
+    Row(
+        name="sparsest-owns",
+        table="mechanisms",
+        changes=_hook(sparsest_owns=[0.7, 0.3]),
+        text="from .7 on, weights of a sparser sub-net take .3 of the denser ones' gradients; no correction",
+    ),
+    Row(
+        name="private-norms",
+        table="mechanisms",
+        changes={"mechanisms": {"private_parameters": ["*norm*", "*.bias"]}},
+        tasks=("bytes",),
+        text="private LayerNorms and biases",
+    ),
+    Row(
+        name="split",
+        table="mechanisms",
+        changes={"mechanisms": {"split": 0.7}, **_options(correction="off")},
+        text="from .7 on, nothing is shared; correction off",
+    ),
+    Row(
+        name="beyond-the-mask",
+        table="mechanisms",
+        changes={"mechanisms": {"shared_backward": [1.0, 0.5]}, **_options(correction="off")},
+        text="during the ramp, dropped weights that another sub-net keeps learn too; correction off",
+    ),
+    Row(
+        name="separate-rate-2x",
+        table="separate",
+        alone=True,
+        reference=SEPARATE,
+        changes={"learning_rate_times": 2.0},
+        text="twice the learning rate",
+    ),
+    Row(
+        name="separate-late-decay",
+        table="separate",
+        alone=True,
+        reference=SEPARATE,
+        changes={"schedule": "late"},
+        text="learning rate constant until .6, then a line to 0",
+    ),
+    Row(
+        name="separate-average",
+        table="separate",
+        alone=True,
+        reference=SEPARATE,
+        readout=AVERAGE,
+        text="weights averaged over the last fifth of the steps",
+    ),
+    Row(
+        name="separate-recalibrated",
+        table="separate",
+        alone=True,
+        reference=SEPARATE,
+        readout=RECALIBRATED,
+        tasks=("digits",),
+        text="BatchNorm statistics estimated anew at the end",
+    ),
+)
+
+ROWS: dict[str, Row] = {row.name: row for row in _LIST}

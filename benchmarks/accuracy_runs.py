@@ -1,0 +1,205 @@
+"""One training run of `accuracy.py`: from plain settings to figures for every sub-net.
+
+The loop is that of an ordinary script. What is tried beyond the settings of `ast_plugin` comes in as plugins
+(`accuracy_mechanisms.py`). A run is measured in several ways at its end, which cost next to nothing: as it is, with
+BatchNorm statistics estimated anew, and with the weights averaged over its last steps. Averaging does not touch the
+training, so one run serves all of these rows, for separate training as well as for alternating.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import ast_plugin
+from accuracy_gradients import SharedBackward
+from accuracy_joint import JointTraining
+from accuracy_mechanisms import LateAverage, PrivateParameters, build_mechanism
+from accuracy_tasks import TASKS, Batch, Task
+from ast_plugin.config import CorrectionOptions
+from ast_plugin.training import AlternatingSparseTraining
+
+FINAL = "final"
+RECALIBRATED = "recalibrated"
+AVERAGE = "average 0.2"
+WINDOWS = (0.2,)
+RECALIBRATION_BATCHES = 16
+WARMUP_STEPS = 50
+LATE = 0.6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides what a run computes.
+
+    Attributes:
+        task: Name of the task.
+        seed: Of the initial weights, the batches and the masks.
+        sparsities: One sub-net each.
+        steps: Optimizer steps of the whole run.
+        optimizer: ``sgd`` (momentum) or ``adamw`` (with a short warm-up).
+        learning_rate: At its highest.
+        schedule: How it falls: ``cosine``, half of one over the run; ``late``, after `LATE` of the run, in a line.
+        weight_decay: On all parameters.
+        momentum: Of SGD; the first of AdamW's two decay rates.
+        options: Further settings of `ASTConfig`.
+        mechanisms: Names of plugins with their arguments.
+        joint: Whether every step trains all sub-nets, their gradients added up.
+    """
+
+    task: str
+    seed: int
+    sparsities: tuple[float, ...]
+    steps: int
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
+    schedule: str = "cosine"
+    momentum: float = 0.9
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    mechanisms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    joint: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON keeps them."""
+        return {**dataclasses.asdict(self), "sparsities": list(self.sparsities)}
+
+    def ast_options(self) -> dict[str, Any]:
+        """Return what `ast_plugin.wrap` is told beside sparsities, steps and seed."""
+        options = dict(self.options)
+        if isinstance(options.get("correction"), Mapping):
+            options["correction"] = CorrectionOptions(**options["correction"])
+        return options
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        warmup = min(1.0, (step + 1) / WARMUP_STEPS) if self.optimizer == "adamw" else 1.0
+        if self.schedule == "late":
+            return self.learning_rate * warmup * min(1.0, (1 - step / self.steps) / (1 - LATE))
+        return self.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Train on one thread, measure; returns what goes into the JSON file."""
+    torch.set_num_threads(1)
+    torch.manual_seed(settings.seed)
+    task = TASKS[settings.task]()
+    model = task.model()
+    found = _run_joint(settings, task, model) if settings.joint else _run_alternating(settings, task, model)
+    return {"settings": settings.to_dict(), **found}
+
+
+def _run_alternating(settings: Settings, task: Task, model: nn.Module) -> dict[str, Any]:
+    optimizer = make_optimizer(settings, model.parameters())
+    average = LateAverage(settings.steps, WINDOWS)
+    mechanisms = [build_mechanism(name, argument, settings) for name, argument in settings.mechanisms.items()]
+    around = [m for m in mechanisms if isinstance(m, SharedBackward)]
+    for mechanism in around:
+        mechanism.before_wrap(model)
+    controller = ast_plugin.wrap(
+        optimizer,
+        model,
+        sparsities=settings.sparsities,
+        total_steps=settings.steps,
+        seed=settings.seed,
+        plugins=[*mechanisms, average],
+        **settings.ast_options(),
+    )
+    for mechanism in around:
+        mechanism.after_wrap(controller)
+    model.train()
+
+    def step_on(batch: Batch, step: int) -> None:
+        task.loss(model, batch).backward()
+
+    seconds = _loop(settings, task, optimizer, step_on)
+    statistics = controller.statistics()
+    return {
+        "figures": readouts(controller, task, settings, average, mechanisms),
+        "sparsity": {name: controller.masks.sparsity(name) for name in controller.sub_nets},
+        "steps": {name: statistics["sub_nets"][name]["steps"] for name in controller.sub_nets},
+        "conflicts": statistics["conflicts"] / statistics["checks"] if statistics["checks"] else None,
+        "seconds": seconds,
+    }
+
+
+def _run_joint(settings: Settings, task: Task, model: nn.Module) -> dict[str, Any]:
+    training = JointTraining(
+        model,
+        sparsities=settings.sparsities,
+        steps=settings.steps,
+        seed=settings.seed,
+        options=settings.ast_options(),
+    )
+    optimizer = make_optimizer(settings, training.parameters)
+    seconds = _loop(settings, task, optimizer, lambda batch, step: training.backward(task, batch, step))
+    return {
+        "figures": {FINAL: training.measure(task)},
+        "sparsity": {name: training.masks.sparsity(name) for name in training.sub_nets},
+        "steps": dict.fromkeys(training.sub_nets, settings.steps),
+        "conflicts": None,
+        "seconds": seconds,
+    }
+
+
+def _loop(
+    settings: Settings, task: Task, optimizer: torch.optim.Optimizer, backward: Callable[[Batch, int], None]
+) -> float:
+    """Train; returns processor time, which does not depend on what else the machine does, as one thread computes."""
+    started = time.process_time()
+    for step in range(settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate_at(step) * group.get("rate", 1.0)
+        optimizer.zero_grad()
+        backward(task.batch(step, seed=settings.seed), step)
+        optimizer.step()
+    return time.process_time() - started
+
+
+def make_optimizer(settings: Settings, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the optimizer of a run."""
+    common = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=settings.momentum, **common)
+    return torch.optim.AdamW(parameters, betas=(settings.momentum, 0.99), **common)
+
+
+def readouts(
+    controller: AlternatingSparseTraining,
+    task: Task,
+    settings: Settings,
+    average: LateAverage,
+    mechanisms: Sequence[object],
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the figures by way of measuring, by sub-net, by measure. The model's weights are changed on the way."""
+    model = controller.model
+    loader = [task.batch(settings.steps + i, seed=settings.seed) for i in range(RECALIBRATION_BATCHES)]
+    has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+    private = [m for m in mechanisms if isinstance(m, PrivateParameters)]
+
+    def measured() -> dict[str, dict[str, float]]:
+        model.eval()
+        figures = {}
+        for name in controller.sub_nets:
+            for bank in private:
+                bank.put(controller, name)
+            with controller.sub_net(name):
+                figures[name] = task.measure(model)
+        return figures
+
+    found = {FINAL: measured()}
+    if has_batch_norm:
+        controller.recalibrate(loader)
+        found[RECALIBRATED] = measured()
+    for window in () if private else WINDOWS:
+        average.apply(controller, window)
+        controller.recalibrate(loader)
+        found[f"average {window:g}"] = measured()
+    return found
