@@ -61,8 +61,8 @@ def build_peers(task: Task) -> tuple[list[Contender], list[str]]:
     for package, build in PEERS:
         try:
             contenders.append(build(task))
-        except ImportError:
-            notes.append(f"{package} is left out: it is not installed (pip install {package.split()[0]}).")
+        except ImportError as error:
+            notes.append(f"{package} is left out: {error} (pip install {package.split()[0]}).")
         except Exception as error:  # whatever another package does, the rest is still worth measuring
             notes.append(f"{package} is left out: {type(error).__name__}: {error}")
     return contenders, notes

@@ -71,7 +71,7 @@ def test_peers_that_are_missing_or_fail_are_named(overhead: Any, task: Any, monk
     contenders, notes = overhead.lineup.build_peers(task)
     assert contenders == []
     assert notes == [
-        "one (SET) is left out: it is not installed (pip install one).",
+        "one (SET) is left out: No module named 'one' (pip install one).",
         "two is left out: ValueError: too old",
     ]
 
