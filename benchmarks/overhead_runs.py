@@ -10,7 +10,7 @@ import torch
 from mask_update import make_weights, resnet50_shapes
 from overhead_contenders import ONE, SPARSITIES, Contender, plain
 from overhead_tasks import Task, train_step
-from overhead_timing import HookTimer, measure
+from overhead_timing import HookTimer, Sample, hook_times, measure
 
 import ast_plugin
 from ast_plugin.config import ASTConfig
@@ -23,6 +23,7 @@ from ast_plugin.updates import MaskUpdater
 
 ALTERNATING, SINGLE_RUN = "three sub-nets", "one sparse net"
 PARTS = ("update", "forms")
+LONG_RUN = 10_000  # steps; a short one for CIFAR
 
 
 def whole_run(task: Task, name: str, sparsities: Sequence[float], steps: int) -> Contender:
@@ -46,8 +47,8 @@ def measure_runs(task: Task, *, steps: int) -> dict[str, float]:
 
     Returns:
         ``ratio``: processor time of the first run by the second's; ``by_hooks``: the same from the time in hooks, on
-        equal plain steps; ``to_dense``: that of the first by the third's; ``updates`` of either; ``steps``;
-        ``batch``.
+        equal plain steps; ``to_dense``: that of the first by the third's; ``long``: the first computed for `LONG_RUN`
+        steps; ``updates`` of either; ``steps``; ``batch``.
 
     Raises:
         RuntimeError: If a run does not end at its sparsities.
@@ -63,15 +64,33 @@ def measure_runs(task: Task, *, steps: int) -> dict[str, float]:
             raise RuntimeError(f"the run of {run.name} ended at {run.sparsities()}, so its time means nothing")
     dense, single, alternating = (sum(sample.cpu for sample in samples[run.name]) for run in runs)
     single_hooks, hooks = (sum(sum(s.hooks.values()) for s in samples[run.name]) for run in runs[1:])
+    updates = [len(run.ast.history["sparsity"]) if run.ast is not None else 0 for run in runs]
+    lengthened = [dense / steps * LONG_RUN + hooks_of_run(samples[run.name], steps=LONG_RUN) for run in runs]
     return {
         "ratio": alternating / single,
         "by_hooks": (dense + hooks) / (dense + single_hooks),
         "to_dense": alternating / dense,
-        "updates_single": len(runs[1].ast.history["sparsity"]) if runs[1].ast else 0,
-        "updates": len(runs[2].ast.history["sparsity"]) if runs[2].ast else 0,
+        "long": lengthened[2] / lengthened[1],
+        "updates_single": updates[1],
+        "updates": updates[2],
         "steps": steps,
         "batch": len(task.batch.labels),
     }
+
+
+def hooks_of_run(samples: Sequence[Sample], *, steps: int) -> float:
+    """Return the seconds that a run of another length spends in hooks, with as many mask updates.
+
+    Args:
+        samples: All steps of a measured run. Those with an update due see gradients accumulate.
+        steps: Length of the other run.
+    """
+    ordinary = [sample for sample in samples if sample.hooks and "accumulated" not in sample.hooks]
+    if not ordinary:
+        return 0.0
+    usual = hook_times(ordinary)["all"]
+    by_updates = sum(sum(sample.hooks.values()) for sample in samples) - usual * len(samples)
+    return steps * usual + by_updates
 
 
 def measure_mask_updates(*, repeats: int, shapes: Sequence[tuple[int, ...]] | None = None) -> dict[str, object]:

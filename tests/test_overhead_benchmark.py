@@ -19,7 +19,7 @@ import ast_plugin
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "overhead.py"
-PARTS = ("contenders", "frontier", "limits", "lineup", "memory", "page", "peers", "tasks", "timing")
+PARTS = ("contenders", "frontier", "limits", "lineup", "memory", "page", "peers", "runs", "tasks", "timing")
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,18 @@ def test_time_in_hooks_is_the_mean_of_the_medians_of_the_sub_nets(overhead: Any)
     samples = [sample("s90", 1, 1), sample("s90", 3, 1), sample("s90", 50, 1), sample("s95", 5, 2)]
     # s90: before 3, after 1, all 4; s95: 5, 2 and 7.
     assert overhead.timing.hook_times(samples) == {"before_step": 4, "after_step": 1.5, "all": 5.5}
+
+
+def test_a_longer_run_has_as_many_mask_updates(overhead: Any) -> None:
+    def sample(phase: str, **hooks: float) -> Any:
+        return overhead.timing.Sample(cpu=9.0, wall=9.0, phase=phase, hooks=hooks)
+
+    # Usually 1 (s90) or 3 (s95), 2 in the mean; 16 in all instead of 4 x 2: the update took 8. 100 steps: 200 + 8.
+    steps = [sample("s90", before_step=1), sample("s95", before_step=3), sample("s90", before_step=1)]
+    steps.append(sample("s95", before_step=10, accumulated=1))
+    assert overhead.runs.hooks_of_run(steps, steps=100) == 208
+    dense = [overhead.timing.Sample(cpu=9.0, wall=9.0)] * 3
+    assert overhead.runs.hooks_of_run(dense, steps=100) == 0
 
 
 def test_timers_reach_every_event_of_a_real_step(overhead: Any, task: Any) -> None:
