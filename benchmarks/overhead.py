@@ -36,7 +36,6 @@ RESULTS = Path(__file__).parent / "results" / "overhead.json"
 PAGE = Path(__file__).parent.parent / "docs" / "cost.md"
 PARTS = ("steps", "frontier", "memory", "mask_update", "runs")
 
-_RUN_BATCH = 32
 _QUICK_SHAPES = ((64, 64, 3, 3), (128, 64, 3, 3), (10, 128))
 
 
@@ -78,7 +77,7 @@ def measure_part(part: str, args: argparse.Namespace) -> Any:
         return {network: measure_memory(make(network, "SGD")) for network in args.networks}
     if part == "mask_update":
         return measure_mask_updates(repeats=args.repeats, shapes=_QUICK_SHAPES if args.quick else None)
-    task = make("ResNet-32", "SGD", **({} if args.quick else {"batch_size": _RUN_BATCH}))
+    task = make("ResNet-32", "SGD", batch_size=args.run_batch)
     return measure_runs(task, steps=args.run_steps)
 
 
@@ -87,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="counted steps of every contender (default: 24; quick: 6)")
     parser.add_argument("--repeats", type=int, help="counted mask updates (default: 5; quick: 1)")
-    parser.add_argument("--run-steps", type=int, help="steps of a whole run (default: 600; quick: 60)")
+    parser.add_argument("--run-steps", type=int, help="steps of a whole run (default: 300; quick: 60)")
+    parser.add_argument("--run-batch", type=int, help="its batch size (default: as for steps)")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), metavar="OPTIMIZER")
     parser.add_argument(
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         atomic_write_text(args.markdown, page(json.loads(args.output.read_text(encoding="utf-8"))))
         print(f"Page: {args.markdown}")
         return 0
-    for name, full, quick in (("rounds", 24, 6), ("repeats", 5, 1), ("run_steps", 600, 60)):
+    for name, full, quick in (("rounds", 24, 6), ("repeats", 5, 1), ("run_steps", 300, 60)):
         if getattr(args, name) is None:
             setattr(args, name, quick if args.quick else full)
     torch.set_num_threads(1)
