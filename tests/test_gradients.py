@@ -144,6 +144,8 @@ def test_an_assigned_gradient_is_masked(several: Several, sub_net: str) -> None:
     several.gradients.mask(sub_net)
     mask = several.masks.get(sub_net, "w")
     fresh = torch.full((4, 4), 7.0)
+    while fresh._version < several.w.grad._version:  # its counter tells nothing
+        fresh.mul_(1)
     several.w.grad = fresh
     several.gradients.mask(sub_net)
     assert several.w.grad is fresh
@@ -353,8 +355,10 @@ def test_a_step_that_does_not_capture_forgets_what_was_captured() -> None:
 def test_nothing_is_masked_after_the_end_or_after_detaching() -> None:
     weight, gradients, masks = setting()
     gradients.begin("b", capture=True)
+    assert weight._post_accumulate_grad_hooks
     gradients.end()
     assert gradients.sub_net is None
+    assert not weight._post_accumulate_grad_hooks
     backward(weight, ONE)
     assert weight.grad.tolist() == ONE
     assert gradients.dense() == {}
@@ -391,6 +395,18 @@ def test_attaching_again_follows_a_replaced_parameter() -> None:
     gradients.begin("b", capture=False)
     model(torch.ones(1, 12)).sum().backward()
     assert not model[0].weight.grad.any()
+
+
+def test_a_parameter_that_is_frozen_for_a_while_gets_its_hook_later() -> None:
+    weight, gradients, _ = setting()
+    weight.requires_grad_(False)
+    gradients.begin("b", capture=True)
+    assert not weight._post_accumulate_grad_hooks
+    weight.requires_grad_(True)
+    gradients.begin("b", capture=True)
+    backward(weight, ONE)
+    assert weight.grad.tolist() == [[1.0, 0.0], [0.0, 4.0]]
+    assert gradients.dense()["0.weight"].tolist() == ONE
 
 
 def test_hooks_do_not_keep_their_owner_alive() -> None:

@@ -256,6 +256,8 @@ def test_overlaps_are_made_once_and_follow_masks_that_change() -> None:
     parameters = packed.parameters(pack)
     overlap = packed.overlap("few", "fewer", pack, parameters)
     assert overlap is not None
+    assert packed.overlap("none", "fewer", pack, parameters) is not overlap
+    assert packed.overlap("few", "none", pack, parameters) is not overlap
     assert packed.overlap("few", "fewer", pack, parameters) is overlap
     assert_carries(masks, packed, pack, "few", "fewer")
     for sub_net in ("few", "fewer"):

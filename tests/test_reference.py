@@ -234,6 +234,20 @@ def test_the_reference_is_a_copy(sub_net: str) -> None:
         assert_equal(setting.compared(coming or "fewer"), restricted(setting, earlier, coming or "fewer"))
 
 
+def test_kept_values_at_hand_spare_reading_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting()
+    earlier = setting.backward("few")
+    with monkeypatch.context() as patch:
+        patch.setattr(packs.Pack, "vector", None)
+        setting.reference.take("few", "fewer")
+    setting.backward("fewer")
+    with monkeypatch.context() as patch:
+        patch.setattr(packs.Pack, "vector", None)
+        (pair,), (again,) = setting.reference.pairs("fewer"), setting.reference.pairs("fewer")
+    assert pair.reference is again.reference
+    assert_equal(setting.compared("fewer"), restricted(setting, earlier, "fewer"))
+
+
 @pytest.mark.usefixtures("arrangement")
 @pytest.mark.parametrize("sub_net", ["few", "half"])
 @pytest.mark.parametrize("coming", ["fewer", "half"])
@@ -450,17 +464,19 @@ def test_values_at_hand_are_right_after_a_correction() -> None:
 
 
 @pytest.mark.usefixtures("arrangement")
-def test_a_gradient_in_another_memory_layout_alone_is_not_compared_wrongly() -> None:
+@pytest.mark.parametrize("coming", ["half", "few", None])
+@pytest.mark.parametrize(
+    "lays", [(torch.clone, channels_last), (channels_last, torch.clone), (with_gaps, channels_last)]
+)
+def test_gradients_may_lie_otherwise_in_the_next_step(coming: str | None, lays: tuple[Lay, Lay]) -> None:
     setting = Setting()
-    earlier = setting.backward("half")
-    setting.reference.take("half", "few")
-    setting.lay = channels_last
-    setting.backward("few")
-    found = setting.compared("few")
-    # Small ones together have the same order anyhow; a large one alone may sit this one comparison out.
-    expected = restricted(setting, earlier, "few")
-    assert_equal(found, {name: expected[name] for name in found})
-    assert {"fc", "tiny"} <= set(found)
+    setting.lay = lays[0]
+    earlier = setting.backward("all")
+    setting.reference.take("all", coming)
+    setting.lay = lays[1]
+    now = coming or "few"
+    setting.backward(now)
+    assert_equal(setting.compared(now), restricted(setting, earlier, now))
 
 
 def test_a_converted_model_starts_without_a_reference() -> None:
@@ -598,6 +614,20 @@ def test_a_reference_keeps_its_dtype_through_a_file(dtype: torch.dtype) -> None:
     setting.reference.take("half", "few")
     state = saved_and_loaded(setting, twin(setting))
     assert {saved.dtype for saved in state["gradients"].values()} == {dtype}
+    # Also where it is not the weights'.
+    other = twin(Setting())
+    other.reference.load_state_dict(state)
+    assert_equal(other.reference.state_dict()["gradients"], state["gradients"])
+
+
+@pytest.mark.usefixtures("arrangement")
+@pytest.mark.parametrize("coming", ["few", "half", None])
+def test_saved_gradients_take_no_more_room_than_they_need(coming: str | None) -> None:
+    setting = Setting()
+    setting.backward("half")
+    setting.reference.take("half", coming)
+    for saved in setting.reference.state_dict()["gradients"].values():
+        assert saved.untyped_storage().nbytes() == saved.nbytes
 
 
 def test_the_sub_nets_of_these_tests_are_of_every_form() -> None:
