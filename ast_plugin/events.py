@@ -88,7 +88,8 @@ class RunEvents:
         return mark
 
     def before_backward(self, passed: Mark) -> None:
-        """Put on again what was on in the forward, if it was taken off since."""
+        """Put on again what was on in the forward, if it was taken off since; tell micro-batches from new attempts."""
+        self._parts.gradients.forget_cleared()
         if not self._chosen:
             self._parts.activation.rewind(passed)
 

@@ -59,6 +59,7 @@ class GradientMasks:
         elif self._captured is None:
             self._captured = {}
         if capture:
+            self.forget_cleared()
             self.attach()
 
     def end(self) -> None:
@@ -97,8 +98,6 @@ class GradientMasks:
             if self._captured is not None:
                 self._captured[name] = _capture(gradient, mask, self._captured.get(name))
             zero_outside_(gradient, mask)
-            if self._captured is not None:
-                self._captured[name].version = gradient._version
 
     @torch.no_grad()
     def mask(self, sub_net: str) -> None:
@@ -113,17 +112,16 @@ class GradientMasks:
                 kept = self._packed.kept(sub_net, pack, gradients)
                 values = kept.keep_only_(pack.vector(gradients))
                 pack.write(gradients)
-                if self._captured:
-                    self._note_versions(self._captured, pack, gradients)
                 self._masked[pack] = _Masked(gradients, kept, values if isinstance(kept, KeptByPosition) else None)
+        for name, captured in (self._captured or {}).items():
+            captured.remember(self._parameters[name].grad)
 
-    @staticmethod
-    def _note_versions(known: Mapping[str, _Captured], pack: Pack, gradients: Sequence[Tensor | None]) -> None:
-        """Have the next accumulation recognise gradients that were masked here once more, to no effect."""
-        for name, gradient in zip(pack.names, gradients, strict=True):
-            captured = known.get(name)
-            if captured is not None and captured.gradient is gradient:
-                captured.version = gradient._version
+    def forget_cleared(self) -> None:
+        """Backward has begun: what was kept aside of gradients that were cleared since belongs to a skipped step."""
+        captured = self._captured or {}
+        for name in list(captured):
+            if captured[name].cleared(self._parameters[name].grad):
+                del captured[name]
 
     def masks_changed(self) -> None:
         """Have all gradients masked again: what was done before was for other masks."""
@@ -177,26 +175,35 @@ class _Captured:
 
     Attributes:
         dense: Sum over the micro-batches so far, taken before clipping and unscaling.
-        gradient: The tensor in ``grad`` that held the masked sum.
-        version: Its version counter then; one accumulation in place raises it by one, clearing it raises it too.
+        gradient: The tensor in ``grad`` when it was last masked, after backward.
+        version: Its version counter then, which clearing it in place raises.
     """
 
     dense: Tensor
-    gradient: Tensor
+    gradient: Tensor | None = None
     version: int = -1
+
+    def remember(self, gradient: Tensor | None) -> None:
+        self.gradient = gradient
+        self.version = -1 if gradient is None else gradient._version
+
+    def cleared(self, gradient: Tensor | None) -> bool:
+        """Return whether ``grad`` was cleared since; a raised counter alone may come from a neighbour in a bucket."""
+        if gradient is None:
+            return True
+        unchanged = gradient is self.gradient and gradient._version == self.version
+        return not unchanged and not bool(gradient.any())
 
 
 def _capture(gradient: Tensor, mask: Tensor, earlier: _Captured | None) -> _Captured:
     """Return the dense gradient with the micro-batch that was just accumulated into `gradient`.
 
-    What arrived before a cleared gradient belongs to a step that was skipped, and is forgotten. Inside the mask the
-    gradient itself is the sum over micro-batches; outside, it was zeroed after each of them.
+    Inside the mask the gradient itself is the sum over micro-batches; outside, it was zeroed after each of them.
     """
-    if earlier is None or earlier.gradient is not gradient or gradient._version != earlier.version + 1:
-        return _Captured(dense=gradient.detach().clone(), gradient=gradient)
-    # Outside the mask add up; inside take the gradient, which has added up by itself.
-    dense = zero_outside_(earlier.dense, ~mask).add_(gradient)
-    return _Captured(dense=dense, gradient=gradient)
+    if earlier is None:
+        return _Captured(dense=gradient.detach().clone())
+    earlier.dense = zero_outside_(earlier.dense, ~mask).add_(gradient)
+    return earlier
 
 
 def _accumulation_hook(owner: weakref.ref[GradientMasks], name: str) -> Callable[[Tensor], None]:
