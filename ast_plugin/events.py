@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ast_plugin.attachment import NO_BACKWARD, current_backward
+from ast_plugin.distributed import check_every_rank_goes_on
 from ast_plugin.errors import ActivationError
 from ast_plugin.parts import RunParts
 from ast_plugin.rewinding import Mark
@@ -70,6 +71,7 @@ class RunEvents:
             )
         self._step.mend()
         if self._is_training():
+            check_every_rank_goes_on(self._parts.model)
             self._step.begin()
             self._parts.activation.put_on(self._step.scheduled)
         else:

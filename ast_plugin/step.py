@@ -37,6 +37,7 @@ class TrainingStep:
         self._counts = False
         self._carrying = False
         self._correction: Correction | None = None
+        self._agreed = False
 
     @property
     def scheduled(self) -> str:
@@ -66,6 +67,7 @@ class TrainingStep:
         self._counts = self._happens()
         if not self._counts:
             return
+        self._agree()
         self._update_masks()
         self._parts.gradients.mask(self.scheduled)
         self._correct()
@@ -146,6 +148,7 @@ class TrainingStep:
         """Go on at step `number`, the sub-nets having last been trained at `last_steps`."""
         self.number = number
         self.last_steps = {name: last_steps[name] for name in self._parts.names}
+        self._agreed = False
         self._reset()
 
     def _reset(self) -> None:
@@ -171,18 +174,27 @@ class TrainingStep:
             )
         return True
 
+    def _agree(self) -> None:
+        """Notice, at the first step of a run or of its continuation, ranks that started from different masks."""
+        if not self._agreed:
+            masks = self._parts.masks
+            what = f"the step numbers (here {self.number}) and masks"
+            check_same_on_all_ranks(what, lambda: f"{self.number}/{masks.checksum()}", model=self._parts.model)
+            self._agreed = True
+
     def _update_masks(self) -> None:
         parts, name = self._parts, self.scheduled
         if not parts.updater.is_due(name, self.number, self.last_steps[name]):
             return
         gradients = parts.gradients.dense() if parts.method.needs_gradient else None
         if gradients is not None:
-            average_over_ranks(gradients)
+            average_over_ranks(gradients, like=parts.parameters, model=parts.model)
         update = parts.updater.update(name, self.number, dict(parts.parameters), gradients)
         if parts.grow_initialization == "zero":
             self._start_at_zero(name, update.grown)
         parts.gradients.masks_changed()
-        check_same_on_all_ranks(f"the masks of sub-net {name!r} at step {self.number}", parts.masks.checksum, name)
+        what = f"the masks of sub-net {name!r} at step {self.number}"
+        check_same_on_all_ranks(what, parts.masks.checksum, name, model=parts.model)
         parts.statistics.masks_updated(self.number, name, target=update.target, achieved=update.achieved)
         parts.registry.notify("ast_masks_updated", training=self._owner, sub_net=name, step=self.number)
 

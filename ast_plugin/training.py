@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ast_plugin.attachment import Attachment
 from ast_plugin.checkpoint import Stateful, load_objects, save_objects
 from ast_plugin.describe import Description, describe
-from ast_plugin.distributed import ranks
+from ast_plugin.distributed import average_over_ranks, ranks
 from ast_plugin.elastic_file import write_elastic
 from ast_plugin.errors import ActivationError, ConfigError, WrapError, near_names
 from ast_plugin.events import RunEvents
@@ -35,6 +35,7 @@ from ast_plugin.step import TrainingStep
 from ast_plugin.training_state import RunState
 from ast_plugin.twins import Twin
 
+_AVERAGED = ("running_mean", "running_var")
 _FAR_FROM_TARGET = 0.01  # in sparsity: more than patterns with large units leave over
 
 
@@ -211,6 +212,21 @@ class AlternatingSparseTraining:
             ...     evaluate(network)
         """
         return Twin(model, self)
+
+    def synchronize_normalization(self) -> None:
+        """Average the running BatchNorm statistics of every sub-net over all ranks.
+
+        Every rank estimates them from its own data, and keeps them to itself. Call this on all ranks before they
+        evaluate, or before rank 0 saves; it is a collective. Does nothing in a single process.
+        """
+        if ranks(self.model) == 1:
+            return
+        with self._events.at_rest():
+            for name in self.sub_nets:
+                state = self.private_state(name)
+                statistics = {key: tensor for key, tensor in state.items() if key.endswith(_AVERAGED)}
+                average_over_ranks(statistics, like=dict(statistics), model=self.model)
+                self._parts.normalization.load(name, {**state, **statistics})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run as tensors and plain containers, readable with ``weights_only=True``.

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from ast_plugin.activation import MaskedActivation
 from ast_plugin.attachment import is_attached
 from ast_plugin.config import ASTConfig, CorrectionOptions, LayerSparsity, Moment
+from ast_plugin.distributed import from_first_rank
 from ast_plugin.distributions import Distribution, ExplicitDistribution
 from ast_plugin.errors import ConfigError, SelectionError, WrapError, near_names
 from ast_plugin.gradients import GradientMasks
@@ -107,9 +108,29 @@ def wrap(
     rule = method if isinstance(method, Method) else registry.method(settings.method)
     parts = _build(optimizer, model, settings, registry, rule)
     parts.updater.initialize(dict(parts.parameters))
+    _take_from_first_rank(parts)
     training = AlternatingSparseTraining(parts)
     training.attach()
     return training
+
+
+def _take_from_first_rank(parts: RunParts) -> None:
+    """Start every rank from the masks and BatchNorm states of the first, as DDP does with parameters and buffers."""
+
+    def state() -> tuple[dict[str, Any], dict[str, Any]]:
+        private = {name: parts.normalization.state(name) for name in parts.names if name != parts.default}
+        return (
+            {name: parts.masks.pack(name) for name in parts.names},
+            {name: {key: tensor.cpu() for key, tensor in tensors.items()} for name, tensors in private.items()},
+        )
+
+    first = from_first_rank(state, parts.model)
+    if first is not None:
+        masks, private = first
+        for name in parts.names:
+            parts.masks.unpack(name, masks[name])
+        for name, tensors in private.items():
+            parts.normalization.load(name, tensors)
 
 
 def _settings(config: ASTConfig | None, options: dict[str, Any]) -> ASTConfig:
