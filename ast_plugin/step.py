@@ -164,15 +164,20 @@ class TrainingStep:
         gradients = [p.grad for p in self._parts.parameters.values() if p.grad is not None]
         if not gradients:
             return False
+        if (self._is_idle() or not self._begun) and not any(bool(g.any()) for g in gradients):
+            return False  # torch.distributed.checkpoint steps once without any effect, to have the state created
         if not self._begun:
-            if not any(bool(g.any()) for g in gradients):
-                return False  # torch.distributed.checkpoint steps once with zero gradients to create the state
             raise ActivationError(
                 "optimizer.step() has gradients of prunable weights, but the wrapped model's forward did not run in "
                 "training mode since the last step, so no sub-net was on; call the model that was given to wrap() (or "
                 "a module around it), after model.train()"
             )
         return True
+
+    def _is_idle(self) -> bool:
+        """Return whether all learning rates are zero; one on an accelerator would have to be waited for."""
+        rates = [group.get("lr") for group in self._parts.optimizer.param_groups]
+        return all(rate == 0 for rate in rates if not isinstance(rate, torch.Tensor) or rate.device.type == "cpu")
 
     def _agree(self) -> None:
         """Notice, at the first step of a run or of its continuation, ranks that started from different masks."""

@@ -32,6 +32,7 @@ from ast_plugin.optimizer_modes import OptimizerModes
 from ast_plugin.parts import RunParts
 from ast_plugin.recalibration import Forward, recalibrate_each
 from ast_plugin.step import TrainingStep
+from ast_plugin.training_exchange import with_fixed_entries, with_plain_entries
 from ast_plugin.training_state import RunState
 from ast_plugin.twins import Twin
 
@@ -231,20 +232,23 @@ class AlternatingSparseTraining:
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run as tensors and plain containers, readable with ``weights_only=True``.
 
-        It travels in ``optimizer.state_dict()`` by itself; call this to keep it elsewhere.
+        It travels in ``optimizer.state_dict()`` by itself; call this to keep it elsewhere, or hand the controller to
+        what calls it: `torch.distributed.checkpoint`, Accelerate's ``register_for_checkpointing``.
         """
         with self._events.at_rest():
-            return self._state.collect()
+            return with_fixed_entries(self._state.collect())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned. Model and optimizer bring their own state back themselves.
+
+        What an optimizer's state dict holds under ``ast_plugin`` is taken as well.
 
         Raises:
             StateError: If the state belongs to other sub-nets or parameters; nothing has been changed then.
             ActivationError: If a sub-net is on, inside ``with sub_net(...)``.
         """
         self._events.before_load()
-        self._state.restore(state)
+        self._state.restore(with_plain_entries(state))
 
     def save(self, path: str | Path, *, report: Mapping[str, Any] | None = None, twin: Twin | None = None) -> None:
         """Write all sub-nets into one elastic file, readable by `ast_plugin.load` and by any safetensors reader.

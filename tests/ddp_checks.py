@@ -11,6 +11,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from checkpoints import App
 from networks import adamw, assert_same, conv_net, image_batch, mlp, sgd, snapshot, vector_batch, wrapped
 from torch import Tensor, nn
 from torch.nn import functional
@@ -342,6 +344,36 @@ def rank_0_alone_saves_and_both_resume(folder: Path) -> Iterator[None]:
             close(bare, again)
 
 
+def a_distributed_checkpoint_brings_both_ranks_back(folder: Path) -> Iterator[None]:
+    yield
+
+    def start(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+        bare = conv_net(seed)
+        optimizer = adamw(bare)
+        _, _, ast = wrapped(bare, optimizer, **OPTIONS)
+        return DistributedDataParallel(bare), optimizer, ast
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            images, labels = (mine(tensor) for tensor in image_batch(step))
+            functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+
+    model, optimizer, ast = start(0)
+    train(model, optimizer, range(11))
+    dcp.save({"app": App(model, optimizer), "ast": ast}, checkpoint_id=folder / "dcp")
+    train(model, optimizer, range(11, STEPS))
+    again, optimizer_again, ast_again = start(9)
+    dcp.load({"app": App(again, optimizer_again), "ast": ast_again}, checkpoint_id=folder / "dcp")
+    assert ast_again.step == 11
+    train(again, optimizer_again, range(11, STEPS))
+    same_masks(ast, ast_again)
+    same_on_all_ranks(again, ast_again)
+    parameters = dict(model.named_parameters())  # statistics may be those of either rank
+    assert_same({n: p.detach() for n, p in parameters.items()}, {n: p.detach() for n, p in again.named_parameters()})
+
+
 def first_masks_are_those_of_rank_0(folder: Path) -> Iterator[None]:
     yield
     bare = conv_net(seed=dist.get_rank())
@@ -454,6 +486,7 @@ CHECKS = {
         unused_parameters_that_differ_between_ranks,
         an_overflow_on_one_rank_is_skipped_on_both,
         rank_0_alone_saves_and_both_resume,
+        a_distributed_checkpoint_brings_both_ranks_back,
         first_masks_are_those_of_rank_0,
         ranks_that_differ_are_noticed_at_the_first_step,
         a_part_of_the_ranks_as_a_group,
