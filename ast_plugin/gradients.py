@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ast_plugin.kept import Kept, KeptByPosition
+from ast_plugin.kept import Kept
 from ast_plugin.masking import zero_outside_
 from ast_plugin.masks import MaskStore
 from ast_plugin.packed_masks import PackedMasks
@@ -88,9 +88,9 @@ class GradientMasks:
             handle.remove()
         self._handles.clear()
 
-    def accumulated(self, name: str, parameter: Tensor) -> None:
-        """Mask the gradient that was just accumulated into `parameter`, in place."""
-        gradient = parameter.grad
+    def accumulated(self, name: str) -> None:
+        """Mask the gradient that was just accumulated into a parameter, in place."""
+        gradient = self._parameters[name].grad
         if self.sub_net is None or gradient is None:
             return
         mask = self._masks.get(self.sub_net, name).to(gradient.device)
@@ -110,9 +110,9 @@ class GradientMasks:
             known = self._masked.get(pack)
             if (known is None or not known.still(gradients)) and any(g is not None for g in gradients):
                 kept = self._packed.kept(sub_net, pack, gradients)
-                values = kept.keep_only_(pack.vector(gradients))
+                kept.keep_only_(pack.vector(gradients))
                 pack.write(gradients)
-                self._masked[pack] = _Masked(gradients, kept, values if isinstance(kept, KeptByPosition) else None)
+                self._masked[pack] = _Masked(gradients)
         for name, captured in (self._captured or {}).items():
             captured.remember(self._parameters[name].grad)
 
@@ -132,15 +132,12 @@ class GradientMasks:
         return {name: captured.dense for name, captured in (self._captured or {}).items()}
 
     def values(self, pack: Pack, gradients: Sequence[Tensor | None], kept: Kept) -> Tensor:
-        """Return ``kept.values`` of masked gradients, from memory where they are as `mask` left them.
+        """Return ``kept.values`` of masked gradients: a vector of their own, or the memory of the gradients themselves.
 
-        They are a vector of their own, or the memory of the gradients themselves.
+        They are read anew. What `mask` has seen may have been scaled since without a trace: neither a gradient
+        scaler's ``unscale_`` nor clipping of DTensors nor writing to ``grad.data`` raises a version counter.
         """
-        known = self._masked.get(pack)
-        if known is not None and known.values is not None and known.kept is kept and known.still(gradients):
-            return known.values
-        vector = pack.vector(gradients)
-        values = kept.values(vector)
+        values = kept.values(pack.vector(gradients))
         return values.clone() if pack.is_buffer(values) else values
 
 
@@ -149,13 +146,9 @@ class _Masked:
 
     Args:
         gradients: The tensors; not kept alive.
-        kept: The elements that were kept.
-        values: Their values, where these are not the gradients' own memory.
     """
 
-    def __init__(self, gradients: Sequence[Tensor | None], kept: Kept, values: Tensor | None) -> None:
-        self.kept = kept
-        self.values = values
+    def __init__(self, gradients: Sequence[Tensor | None]) -> None:
         self._gradients = [None if g is None else (weakref.ref(g), g._version) for g in gradients]
 
     def still(self, gradients: Sequence[Tensor | None]) -> bool:
@@ -207,9 +200,9 @@ def _capture(gradient: Tensor, mask: Tensor, earlier: _Captured | None) -> _Capt
 
 
 def _accumulation_hook(owner: weakref.ref[GradientMasks], name: str) -> Callable[[Tensor], None]:
-    def hook(parameter: Tensor) -> None:
+    def hook(_: Tensor) -> None:
         masks = owner()
         if masks is not None:
-            masks.accumulated(name, parameter)
+            masks.accumulated(name)
 
     return hook
