@@ -102,6 +102,11 @@ def from_first_rank(value: Callable[[], _T], model: nn.Module | None = None) -> 
     return shared[0]
 
 
+def is_first_rank(model: nn.Module | None = None) -> bool:
+    """Return whether this is the first of the processes that train `model` together."""
+    return ranks(model) == 1 or torch.distributed.get_rank(_group(model)) == 0
+
+
 def check_every_rank_goes_on(model: nn.Module) -> None:
     """Refuse a training forward of `model` in which the ranks around it are not those that mask updates talk to.
 

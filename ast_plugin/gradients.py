@@ -32,13 +32,21 @@ class GradientMasks:
         parameters: The prunable parameters by name, resolved at every use.
         masks: The masks.
         packed: The same masks as they are applied.
+        owners: What the hooks are registered on, where `parameters` are parts of it; None where they are the same.
 
     Attributes:
         sub_net: Whose gradients are expected, None between steps.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], masks: MaskStore, packed: PackedMasks) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        masks: MaskStore,
+        packed: PackedMasks,
+        owners: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._parameters = parameters
+        self._owners = parameters if owners is None else owners
         self._masks = masks
         self._packed = packed
         self.sub_net: str | None = None
@@ -71,7 +79,7 @@ class GradientMasks:
 
     def attach(self) -> None:
         """Mask gradients as they are accumulated in this step; also parameters that were replaced since."""
-        for name, parameter in self._parameters.items():
+        for name, parameter in self._owners.items():
             known = self._handles.get(name)
             if known is not None:
                 if known[0]() is parameter:
