@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ast_plugin.normalization import PrivateNormalization
 from ast_plugin.packed_masks import PackedMasks
 from ast_plugin.packs import Pack
+from ast_plugin.sharding import reshard
 
 
 class Activation(Protocol):
@@ -105,6 +106,32 @@ class MaskedActivation:
         """Take the sub-net off and free the copies."""
         self.take_off()
         self._saved.clear()
+
+
+class ShardedActivation(MaskedActivation):
+    """The same on the parts of the weights that this rank holds.
+
+    Args:
+        masks: The masks of the parts, and the parts they belong to.
+        normalization: The private normalisation state.
+        model: The model, of which FSDP modules may hold gathered copies of the weights.
+    """
+
+    def __init__(self, masks: PackedMasks, normalization: PrivateNormalization, model: nn.Module) -> None:
+        super().__init__(masks, normalization)
+        self._model = model
+
+    def put_on(self, sub_net: str) -> None:
+        """Put a sub-net on; copies that were gathered before are dropped."""
+        if self.worn != sub_net:
+            reshard(self._model)
+            super().put_on(sub_net)
+
+    def take_off(self) -> None:
+        """Take the sub-net off; copies that were gathered of it are dropped."""
+        if self.worn is not None:
+            reshard(self._model)
+            super().take_off()
 
 
 def _forget_autocast_copies() -> None:

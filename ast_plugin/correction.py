@@ -8,8 +8,9 @@ functions; which tensors are compared, and when, is decided elsewhere.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -37,9 +38,16 @@ class Correction:
     cosines: list[float] = dataclasses.field(default_factory=list)
 
 
+AddUp = Callable[[Tensor, Sequence[int]], Tensor]
+
+
 @torch.no_grad()
 def correct(
-    gradients: Sequence[Tensor], references: Sequence[Tensor], *, scope: Literal["layer", "global"]
+    gradients: Sequence[Tensor],
+    references: Sequence[Tensor],
+    *,
+    scope: Literal["layer", "global"],
+    add_up: AddUp | None = None,
 ) -> Correction:
     """Project gradients that oppose their references, in place.
 
@@ -49,6 +57,8 @@ def correct(
         references: The previous sub-net's gradients, restricted to the current masks; shapes as `gradients`.
             Not changed.
         scope: ``layer`` treats every pair on its own, ``global`` all of them as one long vector.
+        add_up: Where the tensors are parts of larger ones, adds the inner products of all parts: called with those of
+            some pairs, shape (pairs, 3), and with the positions of these pairs. None: the tensors are whole.
 
     Returns:
         Counts and cosines. A pair with a zero or a non-finite member is left alone and not counted; in the scope
@@ -69,7 +79,11 @@ def correct(
         raise ConfigError(f"correction must be one of layer, global, got {scope!r}")
     result = Correction()
     pairs = list(zip(gradients, references, strict=True))
-    products = [_measured_again(pair, p) for pair, p in zip(pairs, _measure(pairs), strict=True)]
+    products = _measure(pairs, range(len(pairs)), add_up)
+    again = [i for i, found in enumerate(products) if not found.precise]
+    if again:
+        for i, found in zip(again, _measure([_widened(pairs[i]) for i in again], again, add_up), strict=True):
+            products[i] = found
     if scope == "global":
         products = [_total(products)] * len(pairs)
     for pair, found in zip(pairs, products, strict=True):
@@ -114,14 +128,17 @@ def _total(products: Sequence[_Products]) -> _Products:
     )
 
 
-def _measure(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[_Products]:
+def _measure(pairs: Sequence[tuple[Tensor, Tensor]], positions: Sequence[int], add_up: AddUp | None) -> list[_Products]:
     dots: list[Tensor] = []
     for gradient, reference in pairs:
         g, r = _flat(gradient, reference)
         dots += [torch.dot(g, r), torch.dot(r, r), torch.dot(g, g)]
     if not dots:
         return []
-    if len({(dot.device, dot.dtype) for dot in dots}) == 1:
+    if add_up is not None:
+        widest = functools.reduce(torch.promote_types, (dot.dtype for dot in dots))
+        numbers = add_up(torch.stack([dot.to(widest) for dot in dots]).view(-1, 3), positions).view(-1).tolist()
+    elif len({(dot.device, dot.dtype) for dot in dots}) == 1:
         # One transfer for all of them: an accelerator would otherwise be waited for at every parameter.
         numbers = torch.stack(dots).tolist()
     else:
@@ -129,13 +146,11 @@ def _measure(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[_Products]:
     return [_Products(*numbers[i : i + 3]) for i in range(0, len(numbers), 3)]
 
 
-def _measured_again(pair: tuple[Tensor, Tensor], products: _Products) -> _Products:
-    """Return the products in float64 if float32 was too narrow for them (very small or very large gradients)."""
-    if products.precise:
-        return products
+def _widened(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the pair in float64: float32 was too narrow for its products (very small or very large gradients)."""
     # Apple's accelerator has no float64.
     gradient, reference = (t.to("cpu" if t.device.type == "mps" else t.device, torch.float64) for t in pair)
-    return _measure([(gradient, reference)])[0]
+    return gradient, reference
 
 
 def _subtract(gradient: Tensor, reference: Tensor, coefficient: float) -> None:

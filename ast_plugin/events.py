@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from ast_plugin.attachment import NO_BACKWARD, current_backward
+from ast_plugin.distributed import check_every_rank_goes_on
 from ast_plugin.errors import ActivationError
 from ast_plugin.parts import RunParts
 from ast_plugin.rewinding import Mark
+from ast_plugin.sharding import is_sharding_module
 from ast_plugin.step import TrainingStep
 from ast_plugin.training_state import KEY, RunState
 
@@ -70,6 +72,8 @@ class RunEvents:
             )
         self._step.mend()
         if self._is_training():
+            self._check_sharding()
+            check_every_rank_goes_on(self._parts.model)
             self._step.begin()
             self._parts.activation.put_on(self._step.scheduled)
         else:
@@ -88,7 +92,8 @@ class RunEvents:
         return mark
 
     def before_backward(self, passed: Mark) -> None:
-        """Put on again what was on in the forward, if it was taken off since."""
+        """Put on again what was on in the forward, if it was taken off since; tell micro-batches from new attempts."""
+        self._parts.gradients.forget_cleared()
         if not self._chosen:
             self._parts.activation.rewind(passed)
 
@@ -189,6 +194,14 @@ class RunEvents:
 
     def _versions(self, names: Iterable[str]) -> dict[str, int]:
         return {name: self._parts.bare.get_parameter(name)._version for name in names}
+
+    def _check_sharding(self) -> None:
+        """Notice ``fully_shard`` after `wrap`: its hook would run first, and masks would be put on a passing copy."""
+        if is_sharding_module(self._parts.bare) and not self._parts.sharded:
+            raise ActivationError(
+                "fully_shard() was applied to the model after wrap(); shard the model first, then construct the "
+                "optimizer, then call wrap()"
+            )
 
     def _is_training(self) -> bool:
         return self._parts.model.training and torch.is_grad_enabled()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ast_plugin.kept import Kept, KeptByPosition
+from ast_plugin.kept import Kept
 from ast_plugin.masking import zero_outside_
 from ast_plugin.masks import MaskStore
 from ast_plugin.packed_masks import PackedMasks
@@ -32,13 +32,21 @@ class GradientMasks:
         parameters: The prunable parameters by name, resolved at every use.
         masks: The masks.
         packed: The same masks as they are applied.
+        owners: What the hooks are registered on, where `parameters` are parts of it; None where they are the same.
 
     Attributes:
         sub_net: Whose gradients are expected, None between steps.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], masks: MaskStore, packed: PackedMasks) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        masks: MaskStore,
+        packed: PackedMasks,
+        owners: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._parameters = parameters
+        self._owners = parameters if owners is None else owners
         self._masks = masks
         self._packed = packed
         self.sub_net: str | None = None
@@ -59,6 +67,7 @@ class GradientMasks:
         elif self._captured is None:
             self._captured = {}
         if capture:
+            self.forget_cleared()
             self.attach()
 
     def end(self) -> None:
@@ -70,7 +79,7 @@ class GradientMasks:
 
     def attach(self) -> None:
         """Mask gradients as they are accumulated in this step; also parameters that were replaced since."""
-        for name, parameter in self._parameters.items():
+        for name, parameter in self._owners.items():
             known = self._handles.get(name)
             if known is not None:
                 if known[0]() is parameter:
@@ -87,9 +96,9 @@ class GradientMasks:
             handle.remove()
         self._handles.clear()
 
-    def accumulated(self, name: str, parameter: Tensor) -> None:
-        """Mask the gradient that was just accumulated into `parameter`, in place."""
-        gradient = parameter.grad
+    def accumulated(self, name: str) -> None:
+        """Mask the gradient that was just accumulated into a parameter, in place."""
+        gradient = self._parameters[name].grad
         if self.sub_net is None or gradient is None:
             return
         mask = self._masks.get(self.sub_net, name).to(gradient.device)
@@ -97,8 +106,6 @@ class GradientMasks:
             if self._captured is not None:
                 self._captured[name] = _capture(gradient, mask, self._captured.get(name))
             zero_outside_(gradient, mask)
-            if self._captured is not None:
-                self._captured[name].version = gradient._version
 
     @torch.no_grad()
     def mask(self, sub_net: str) -> None:
@@ -111,19 +118,18 @@ class GradientMasks:
             known = self._masked.get(pack)
             if (known is None or not known.still(gradients)) and any(g is not None for g in gradients):
                 kept = self._packed.kept(sub_net, pack, gradients)
-                values = kept.keep_only_(pack.vector(gradients))
+                kept.keep_only_(pack.vector(gradients))
                 pack.write(gradients)
-                if self._captured:
-                    self._note_versions(self._captured, pack, gradients)
-                self._masked[pack] = _Masked(gradients, kept, values if isinstance(kept, KeptByPosition) else None)
+                self._masked[pack] = _Masked(gradients)
+        for name, captured in (self._captured or {}).items():
+            captured.remember(self._parameters[name].grad)
 
-    @staticmethod
-    def _note_versions(known: Mapping[str, _Captured], pack: Pack, gradients: Sequence[Tensor | None]) -> None:
-        """Have the next accumulation recognise gradients that were masked here once more, to no effect."""
-        for name, gradient in zip(pack.names, gradients, strict=True):
-            captured = known.get(name)
-            if captured is not None and captured.gradient is gradient:
-                captured.version = gradient._version
+    def forget_cleared(self) -> None:
+        """Backward has begun: what was kept aside of gradients that were cleared since belongs to a skipped step."""
+        captured = self._captured or {}
+        for name in list(captured):
+            if captured[name].cleared(self._parameters[name].grad):
+                del captured[name]
 
     def masks_changed(self) -> None:
         """Have all gradients masked again: what was done before was for other masks."""
@@ -134,15 +140,12 @@ class GradientMasks:
         return {name: captured.dense for name, captured in (self._captured or {}).items()}
 
     def values(self, pack: Pack, gradients: Sequence[Tensor | None], kept: Kept) -> Tensor:
-        """Return ``kept.values`` of masked gradients, from memory where they are as `mask` left them.
+        """Return ``kept.values`` of masked gradients: a vector of their own, or the memory of the gradients themselves.
 
-        They are a vector of their own, or the memory of the gradients themselves.
+        They are read anew. What `mask` has seen may have been scaled since without a trace: neither a gradient
+        scaler's ``unscale_`` nor clipping of DTensors nor writing to ``grad.data`` raises a version counter.
         """
-        known = self._masked.get(pack)
-        if known is not None and known.values is not None and known.kept is kept and known.still(gradients):
-            return known.values
-        vector = pack.vector(gradients)
-        values = kept.values(vector)
+        values = kept.values(pack.vector(gradients))
         return values.clone() if pack.is_buffer(values) else values
 
 
@@ -151,13 +154,9 @@ class _Masked:
 
     Args:
         gradients: The tensors; not kept alive.
-        kept: The elements that were kept.
-        values: Their values, where these are not the gradients' own memory.
     """
 
-    def __init__(self, gradients: Sequence[Tensor | None], kept: Kept, values: Tensor | None) -> None:
-        self.kept = kept
-        self.values = values
+    def __init__(self, gradients: Sequence[Tensor | None]) -> None:
         self._gradients = [None if g is None else (weakref.ref(g), g._version) for g in gradients]
 
     def still(self, gradients: Sequence[Tensor | None]) -> bool:
@@ -177,32 +176,41 @@ class _Captured:
 
     Attributes:
         dense: Sum over the micro-batches so far, taken before clipping and unscaling.
-        gradient: The tensor in ``grad`` that held the masked sum.
-        version: Its version counter then; one accumulation in place raises it by one, clearing it raises it too.
+        gradient: The tensor in ``grad`` when it was last masked, after backward.
+        version: Its version counter then, which clearing it in place raises.
     """
 
     dense: Tensor
-    gradient: Tensor
+    gradient: Tensor | None = None
     version: int = -1
+
+    def remember(self, gradient: Tensor | None) -> None:
+        self.gradient = gradient
+        self.version = -1 if gradient is None else gradient._version
+
+    def cleared(self, gradient: Tensor | None) -> bool:
+        """Return whether ``grad`` was cleared since; a raised counter alone may come from a neighbour in a bucket."""
+        if gradient is None:
+            return True
+        unchanged = gradient is self.gradient and gradient._version == self.version
+        return not unchanged and not bool(gradient.any())
 
 
 def _capture(gradient: Tensor, mask: Tensor, earlier: _Captured | None) -> _Captured:
     """Return the dense gradient with the micro-batch that was just accumulated into `gradient`.
 
-    What arrived before a cleared gradient belongs to a step that was skipped, and is forgotten. Inside the mask the
-    gradient itself is the sum over micro-batches; outside, it was zeroed after each of them.
+    Inside the mask the gradient itself is the sum over micro-batches; outside, it was zeroed after each of them.
     """
-    if earlier is None or earlier.gradient is not gradient or gradient._version != earlier.version + 1:
-        return _Captured(dense=gradient.detach().clone(), gradient=gradient)
-    # Outside the mask add up; inside take the gradient, which has added up by itself.
-    dense = zero_outside_(earlier.dense, ~mask).add_(gradient)
-    return _Captured(dense=dense, gradient=gradient)
+    if earlier is None:
+        return _Captured(dense=gradient.detach().clone())
+    earlier.dense = zero_outside_(earlier.dense, ~mask).add_(gradient)
+    return earlier
 
 
 def _accumulation_hook(owner: weakref.ref[GradientMasks], name: str) -> Callable[[Tensor], None]:
-    def hook(parameter: Tensor) -> None:
+    def hook(_: Tensor) -> None:
         masks = owner()
         if masks is not None:
-            masks.accumulated(name, parameter)
+            masks.accumulated(name)
 
     return hook

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ast_plugin.sharding import local_part
+
 _CODES = (torch.uint8, torch.int8)  # of 8-bit optimizers: zero is not the code of zero, and many share a scale
 _STEP = 0.1  # relative; one step of weight decay, or of an average that starts at its initial value, stays below
 
@@ -34,7 +36,7 @@ class FrozenInactive:
     def remember(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
         """Copy weights and state of `parameters` (by name) before the optimizer steps."""
         for name, parameter in parameters.items():
-            self._weights[name] = parameter.detach().clone()
+            self._weights[name] = local_part(parameter).detach().clone()
             self._states[name] = {
                 key: value.detach().clone() for key, value in _elementwise_state(parameter, optimizer).items()
             }
@@ -50,7 +52,8 @@ class FrozenInactive:
 
         Args:
             parameters: Parameters by name.
-            masks: Bool masks of the sub-net that stepped, by parameter name; True = active.
+            masks: Bool masks of the sub-net that stepped, by parameter name; True = active. Of sharded parameters the
+                part that this rank holds.
             optimizer: The optimizer that stepped.
         """
         with torch.no_grad():
@@ -58,8 +61,9 @@ class FrozenInactive:
                 before = self._weights.get(name)
                 if before is None:
                     continue
-                mask = masks[name].to(parameter.device)
-                parameter.copy_(torch.where(mask, parameter, before))
+                part = local_part(parameter)
+                mask = masks[name].to(part.device)
+                part.copy_(torch.where(mask, part, before))
                 for key, value in _elementwise_state(parameter, optimizer).items():
                     old = self._states[name].get(key)
                     if old is not None:
@@ -76,7 +80,7 @@ class FrozenInactive:
 
 
 def clear_state_at(parameter: Tensor, where: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Zero the optimizer state of `parameter` at the positions `where` (bool, same shape), in place."""
+    """Zero the optimizer state of `parameter` at the positions `where` (bool, shape of its local part), in place."""
     with torch.no_grad():
         for value in _elementwise_state(parameter, optimizer).values():
             value.masked_fill_(where, 0)
@@ -86,7 +90,7 @@ def _elementwise_state(parameter: Tensor, optimizer: torch.optim.Optimizer) -> d
     """Return the state tensors of `parameter` that hold one number a weight, not codes that a scale gives a meaning."""
     state = optimizer.state.get(parameter, {})
     return {
-        key: value
+        key: local_part(value)
         for key, value in state.items()
         if isinstance(value, Tensor)
         and value.dim() > 0

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.errors import ActivationError
+from ast_plugin.sharding import LastSharded, full, is_sharded, layout_of, local_part
 
 _Place = tuple[nn.Module, str]
 
@@ -65,6 +66,13 @@ class PrivateNormalization:
         self.parameter_names: tuple[str, ...] = tuple(parameters)
         self._parameters = tuple(parameters.values())
         self._buffers = tuple(buffers.values())
+        self._last = LastSharded()
+        found = _present([module._parameters[name] for module, name in self._parameters])
+        layouts = {
+            name: layout_of(name, parameter) for name, parameter in zip(self.parameter_names, found, strict=True)
+        }
+        self._layouts = {name: layout for name, layout in layouts.items() if layout is not None}
+        self._owners()  # the sharded ones are seen, whatever FSDP shows later
         with torch.inference_mode(False), torch.no_grad():
             self._banks: dict[str, list[Tensor]] = {
                 name: [] if name == default else [tensor.detach().clone() for tensor in self.tensors()]
@@ -73,18 +81,26 @@ class PrivateNormalization:
         self._optimizer_states: dict[str, dict[str, Any]] = {name: {} for name in sub_nets}
 
     def tensors(self) -> list[Tensor]:
-        """Return the model's own private tensors, in the order of `names`."""
+        """Return the model's own private tensors, of sharded ones this rank's parts, in the order of `names`."""
         return [*self._present_parameters(), *_present([module._buffers[name] for module, name in self._buffers])]
 
     def _present_parameters(self) -> list[Tensor]:
-        return _present([module._parameters[name] for module, name in self._parameters])
+        owners = self._owners()
+        return [local_part(owner) for owner in owners] if self._layouts else owners
+
+    def _owners(self) -> list[Tensor]:
+        """Return the private parameters as the optimizer has them."""
+        present = _present([module._parameters[name] for module, name in self._parameters])
+        if not self._layouts:
+            return present
+        return [self._last.of(name, tensor) for name, tensor in zip(self.parameter_names, present, strict=True)]
 
     def adopt_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Give every sub-net a copy of the state that the optimizer has for the private parameters already.
 
         Some optimizers make their state when they are constructed and fail where it is missing.
         """
-        for name, parameter in zip(self.parameter_names, self._present_parameters(), strict=True):
+        for name, parameter in zip(self.parameter_names, self._owners(), strict=True):
             if parameter in optimizer.state:
                 for sub_net, entries in self._optimizer_states.items():
                     if sub_net != self.carried:
@@ -109,18 +125,30 @@ class PrivateNormalization:
             torch._foreach_copy_(tensors, self._banks[coming][:count])
 
     def state(self, sub_net: str) -> dict[str, Tensor]:
-        """Return copies of the private tensors of `sub_net` by state-dict name, in the model's present dtypes."""
+        """Return copies of the private tensors of `sub_net` by state-dict name, in the model's present dtypes.
+
+        Where the model has DTensors, so has the state.
+        """
         present = self.tensors()
         source = present if sub_net == self.carried else self._banks[sub_net]
         named = zip(self.names, source, present, strict=True)
-        return {name: tensor.detach().to(like, copy=True) for name, tensor, like in named}
+        copies = {name: tensor.detach().to(like, copy=True) for name, tensor, like in named}
+        for name, layout in self._layouts.items():
+            copies[name] = layout.join(copies[name])
+        return copies
 
     def load(self, sub_net: str, state: Mapping[str, Tensor]) -> None:
         """Set the private tensors of `sub_net` in place from `state`, which must hold all of `names`."""
         target = self.tensors() if sub_net == self.carried else self._banks[sub_net]
         with torch.inference_mode(False), torch.no_grad():
             for name, tensor in zip(self.names, target, strict=True):
-                tensor.copy_(state[name])
+                tensor.copy_(self._part(name, state[name]))
+
+    def _part(self, name: str, value: Tensor) -> Tensor:
+        """Return what of a private tensor this rank holds."""
+        if name in self._layouts and not is_sharded(value):
+            return self._layouts[name].part_of(value)
+        return local_part(value) if name in self._layouts else full(value)
 
     def hand_over(self, optimizer: torch.optim.Optimizer, sub_net: str) -> None:
         """Give the optimizer the private parameters of `sub_net` for its step, with their optimizer state.
@@ -143,11 +171,10 @@ class PrivateNormalization:
     def _swap_parameters(self, optimizer: torch.optim.Optimizer, *, leaving: str, coming: str) -> None:
         if leaving == coming or not self._parameters:
             return
-        parameters = self._present_parameters()
-        self._exchange(parameters, leaving=leaving, coming=coming)
+        self._exchange(self._present_parameters(), leaving=leaving, coming=coming)
         out, into = self._optimizer_states[leaving], self._optimizer_states[coming]
         fused = any(group.get("fused") for group in optimizer.param_groups)
-        for name, parameter in zip(self.parameter_names, parameters, strict=True):
+        for name, parameter in zip(self.parameter_names, self._owners(), strict=True):
             if parameter in optimizer.state:
                 out[name] = optimizer.state.pop(parameter)
             else:
@@ -185,7 +212,21 @@ class PrivateNormalization:
             self.load(name, tensors)
         devices = dict(zip(self.parameter_names, [p.device for p in self._present_parameters()], strict=True))
         for name, entries in state["optimizer"].items():
-            self._optimizer_states[name] = {key: _copied(entry, device=devices[key]) for key, entry in entries.items()}
+            self._optimizer_states[name] = {
+                key: self._placed(key, _copied(entry, device=devices[key])) for key, entry in entries.items()
+            }
+
+    def _placed(self, name: str, entry: Any) -> Any:
+        """Return optimizer state of a private parameter, whole tensors divided among the ranks as the parameter is."""
+        layout = self._layouts.get(name)
+        if layout is None or not isinstance(entry, dict):
+            return entry
+        return {
+            key: layout.join(layout.part_of(value))
+            if isinstance(value, Tensor) and not is_sharded(value) and tuple(value.shape) == layout.shape
+            else value
+            for key, value in entry.items()
+        }
 
 
 def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ast_plugin.alternation import Alternation
 from ast_plugin.config import ASTConfig
@@ -19,6 +21,7 @@ from ast_plugin.parameters import ParameterChoice
 from ast_plugin.plugins import PluginRegistry
 from ast_plugin.reference import GradientReference
 from ast_plugin.rewinding import RewindableActivation
+from ast_plugin.sharding import Layout
 from ast_plugin.slots import ParameterSlots
 from ast_plugin.statistics import Statistics
 from ast_plugin.updates import MaskUpdater
@@ -38,9 +41,12 @@ class RunParts:
         registry: Plugins, the built-ins among them.
         choices: All parameters, prunable or not, with the reason.
         parameters: The prunable parameters.
+        local: The parts of them that this rank holds; the same where none is sharded.
+        layouts: How they lie on the ranks; None where a rank has all of one.
         method: The rule for mask updates.
         alternation: Which sub-net trains at a step.
         masks: The masks of every sub-net.
+        local_masks: The parts of them that this rank holds; the same where nothing is sharded.
         updater: Makes the mask updates.
         normalization: Private BatchNorm state.
         activation: Puts a sub-net on the model.
@@ -60,9 +66,12 @@ class RunParts:
     registry: PluginRegistry
     choices: tuple[ParameterChoice, ...]
     parameters: ParameterSlots
+    local: ParameterSlots
+    layouts: Mapping[str, Layout | None]
     method: Method
     alternation: Alternation
     masks: MaskStore
+    local_masks: MaskStore
     updater: MaskUpdater
     normalization: PrivateNormalization
     activation: RewindableActivation
@@ -71,3 +80,15 @@ class RunParts:
     inactive: FrozenInactive | None
     grow_initialization: Literal["keep", "zero"]
     statistics: Statistics
+
+    @functools.cached_property
+    def sharded(self) -> bool:
+        """Whether ranks hold parts of the prunable parameters."""
+        return any(layout is not None for layout in self.layouts.values())
+
+    @property
+    def sharded_gradients(self) -> dict[str, Tensor]:
+        """Sharded parameters that a reference gradient is remembered of in the course of the run, by name."""
+        if self.config.correction_options.scope == "off" or len(self.names) == 1:
+            return {}
+        return {name: self.parameters[name] for name, layout in self.layouts.items() if layout is not None}

@@ -126,19 +126,23 @@ class GradientReference:
             return KeptByMask(None, pack.sizes)
         return self._masks.kept(self.coming, pack, tensors)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, whole: bool = False) -> dict[str, Any]:
         """Return a copy of the reference as plain containers.
 
         Whole gradients have their parameters' shapes; restricted ones are vectors of the weights that the coming
         sub-net keeps, in row-major order.
+
+        Args:
+            whole: Whether to return restricted gradients as whole ones, zero outside.
         """
+        coming = None if whole else self.coming
         gradients: dict[str, Tensor] = {}
         for pack, remembered in self._remembered.items():
             wholes = pack.tensors(remembered.vector(pack.total), remembered.layout)
-            for name, whole, present in zip(pack.names, wholes, remembered.present, strict=True):
+            for name, tensor, present in zip(pack.names, wholes, remembered.present, strict=True):
                 if present:
-                    gradients[name] = whole.clone() if self.coming is None else whole[self._mask(name)]
-        return {"sub_net": self.sub_net, "coming": self.coming, "gradients": gradients}
+                    gradients[name] = tensor.clone() if coming is None else tensor[self._mask(name)]
+        return {"sub_net": self.sub_net, "coming": coming, "gradients": gradients}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned, for the present masks."""

@@ -52,6 +52,7 @@ class RewindableActivation:
         slots: Where the tensors are that it writes to, as `ast_plugin.slots.tensor_slots` returns it.
         watched: How many of them, from the first, nobody writes to while a sub-net is on.
         revision: Returns a number that rises when a mask of the sub-net changes.
+        sharded: Whether parameters are sharded: graphs gather them anew, and nothing can be brought back.
     """
 
     def __init__(
@@ -60,11 +61,14 @@ class RewindableActivation:
         slots: Sequence[tuple[dict[str, Any], str]],
         watched: int,
         revision: Callable[[str], int],
+        *,
+        sharded: bool = False,
     ) -> None:
         self._inner = inner
         self._slots = slots
         self._watched = watched
         self._revision = revision
+        self._is_sharded = sharded
         self._put_on: list[int] = []
         self._rest: list[int] = []
         self._writes = 0
@@ -124,7 +128,7 @@ class RewindableActivation:
         """
         if self._inner.worn == mark.sub_net and self._episode == mark.episode:
             return
-        if any(hasattr(tensor, "device_mesh") for tensor in self._tensors()):
+        if self._is_sharded or any(hasattr(tensor, "device_mesh") for tensor in self._tensors()):
             raise ActivationError(
                 f"backward goes through a forward of sub-net {mark.sub_net!r}, which was taken off since (by another "
                 "backward, an evaluation or a state_dict), and sharded parameters cannot be brought back; run backward "

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ast_plugin.correction import Correction
+from ast_plugin.correction import correct as correct_parts
 from ast_plugin.distributed import average_over_ranks, check_same_on_all_ranks
 from ast_plugin.errors import ActivationError, PluginError
 from ast_plugin.inactive import clear_state_at
 from ast_plugin.parts import RunParts
 from ast_plugin.reference import ComparedGradients, correct_pairs, correct_whole
+from ast_plugin.sharding import Gathered, add_over_ranks
 
 
 class TrainingStep:
@@ -37,6 +39,7 @@ class TrainingStep:
         self._counts = False
         self._carrying = False
         self._correction: Correction | None = None
+        self._agreed = False
 
     @property
     def scheduled(self) -> str:
@@ -66,6 +69,7 @@ class TrainingStep:
         self._counts = self._happens()
         if not self._counts:
             return
+        self._agree()
         self._update_masks()
         self._parts.gradients.mask(self.scheduled)
         self._correct()
@@ -100,7 +104,7 @@ class TrainingStep:
             return
         name = self.scheduled
         if parts.inactive is not None:
-            parts.inactive.restore(parts.parameters, parts.masks.of(name), parts.optimizer)
+            parts.inactive.restore(parts.parameters, parts.local_masks.of(name), parts.optimizer)
         self._restore_rest()
         found = self._correction or Correction(checks=0, conflicts=0, cosines=[])
         parts.statistics.step_finished(
@@ -146,6 +150,7 @@ class TrainingStep:
         """Go on at step `number`, the sub-nets having last been trained at `last_steps`."""
         self.number = number
         self.last_steps = {name: last_steps[name] for name in self._parts.names}
+        self._agreed = False
         self._reset()
 
     def _reset(self) -> None:
@@ -158,12 +163,12 @@ class TrainingStep:
         found_inf = getattr(self._parts.optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) > 0:
             return False
-        gradients = [p.grad for p in self._parts.parameters.values() if p.grad is not None]
+        gradients = {name: p.grad for name, p in self._parts.local.items() if p.grad is not None}
         if not gradients:
             return False
+        if (self._is_idle() or not self._begun) and not self._any_on_a_rank(gradients):
+            return False  # torch.distributed.checkpoint steps once without any effect, to have the state created
         if not self._begun:
-            if not any(bool(g.any()) for g in gradients):
-                return False  # torch.distributed.checkpoint steps once with zero gradients to create the state
             raise ActivationError(
                 "optimizer.step() has gradients of prunable weights, but the wrapped model's forward did not run in "
                 "training mode since the last step, so no sub-net was on; call the model that was given to wrap() (or "
@@ -171,32 +176,65 @@ class TrainingStep:
             )
         return True
 
+    def _any_on_a_rank(self, gradients: Mapping[str, torch.Tensor]) -> bool:
+        """Return whether anything but zero is among the gradients, of sharded parameters on any rank."""
+        if not self._parts.sharded:
+            return any(bool(gradient.any()) for gradient in gradients.values())
+        found = torch.stack([gradient.any() for gradient in gradients.values()])[:, None].float()
+        return bool(add_over_ranks(found, [self._parts.layouts[name] for name in gradients]).any())
+
+    def _is_idle(self) -> bool:
+        """Return whether all learning rates are zero; one on an accelerator would have to be waited for."""
+        rates = [group.get("lr") for group in self._parts.optimizer.param_groups]
+        return all(rate == 0 for rate in rates if not isinstance(rate, torch.Tensor) or rate.device.type == "cpu")
+
+    def _agree(self) -> None:
+        """Notice, at the first step of a run or of its continuation, ranks that started from different masks."""
+        if not self._agreed:
+            masks = self._parts.masks
+            what = f"the step numbers (here {self.number}) and masks"
+            check_same_on_all_ranks(what, lambda: f"{self.number}/{masks.checksum()}", model=self._parts.model)
+            self._agreed = True
+
     def _update_masks(self) -> None:
         parts, name = self._parts, self.scheduled
         if not parts.updater.is_due(name, self.number, self.last_steps[name]):
             return
-        gradients = parts.gradients.dense() if parts.method.needs_gradient else None
-        if gradients is not None:
-            average_over_ranks(gradients)
-        update = parts.updater.update(name, self.number, dict(parts.parameters), gradients)
+        gradients = self._dense_gradients() if parts.method.needs_gradient else None
+        update = parts.updater.update(name, self.number, Gathered(parts.parameters), gradients)
         if parts.grow_initialization == "zero":
             self._start_at_zero(name, update.grown)
         parts.gradients.masks_changed()
-        check_same_on_all_ranks(f"the masks of sub-net {name!r} at step {self.number}", parts.masks.checksum, name)
+        what = f"the masks of sub-net {name!r} at step {self.number}"
+        check_same_on_all_ranks(what, parts.masks.checksum, name, model=parts.model)
         parts.statistics.masks_updated(self.number, name, target=update.target, achieved=update.achieved)
         parts.registry.notify("ast_masks_updated", training=self._owner, sub_net=name, step=self.number)
+
+    def _dense_gradients(self) -> Mapping[str, torch.Tensor]:
+        """Return the dense gradients of the step, averaged over the ranks; those of sharded parameters are already."""
+        parts = self._parts
+        captured = parts.gradients.dense()
+        whole = {name: parameter for name, parameter in parts.parameters.items() if parts.layouts[name] is None}
+        gradients = {name: gradient for name, gradient in captured.items() if name in whole}
+        average_over_ranks(gradients, like=whole, model=parts.model)
+        for name, layout in parts.layouts.items():
+            if layout is not None and name in captured:
+                gradients[name] = layout.join(captured[name])
+        return Gathered(gradients)
 
     def _start_at_zero(self, name: str, grown: dict[str, torch.Tensor]) -> None:
         """Zero grown weights and their optimizer state, except where another sub-net keeps the weight."""
         parts = self._parts
         for parameter_name, mask in grown.items():
-            parameter = parts.parameters[parameter_name]
+            layout = parts.layouts[parameter_name]
+            if layout is not None:
+                mask = layout.part_of(mask)
             for other in parts.names:
                 if other != name:
-                    mask = mask & ~parts.masks.get(other, parameter_name).to(mask.device)
+                    mask = mask & ~parts.local_masks.get(other, parameter_name).to(mask.device)
             with torch.no_grad():
-                parameter.masked_fill_(mask, 0)
-            clear_state_at(parameter, mask, parts.optimizer)
+                parts.local[parameter_name].masked_fill_(mask, 0)
+            clear_state_at(parts.parameters[parameter_name], mask, parts.optimizer)
 
     def _correct(self) -> None:
         parts, name = self._parts, self.scheduled
@@ -211,13 +249,31 @@ class TrainingStep:
             reference.take(name, self._coming())
         else:
             reference.forget()
-        if pairs:
+        if parts.sharded and pairs:
+            self._correction = correct_pairs(pairs, self._correct_parts)
+        elif pairs:
             correct = functools.partial(parts.registry.correct_gradients, options=options, sub_net=name)
             if parts.registry.extends("ast_correct_gradients"):
                 self._correction = correct_whole(pairs, correct)
                 parts.gradients.mask(name)  # a plugin's correction may have left the mask
             else:
                 self._correction = correct_pairs(pairs, correct)
+
+    def _correct_parts(
+        self, gradients: Sequence[torch.Tensor], references: Sequence[torch.Tensor], names: Sequence[str]
+    ) -> Correction | None:
+        """Correct this rank's parts of the gradients by the inner products of the whole ones."""
+        scope, layouts = self._parts.config.correction_options.scope, self._parts.layouts
+        if scope == "off":
+            return None
+
+        def add_up(products: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+            # By name: packs are made of local parts, so the order may be another one on every rank.
+            order = sorted(range(len(rows)), key=lambda i: names[rows[i]])
+            added = add_over_ranks(products[order], [layouts[names[rows[i]]] for i in order])
+            return torch.empty_like(products).index_copy_(0, torch.tensor(order, device=products.device), added)
+
+        return correct_parts(gradients, references, scope=scope, add_up=add_up)
 
     def _coming(self) -> str | None:
         """Return the sub-net of the next step if it will be compared at the masks that it has now."""
@@ -250,6 +306,6 @@ class TrainingStep:
                 continue
             if not parts.updater.is_due(name, self.number, last):
                 continue
-            update = parts.updater.finalize(name, self.number, dict(parts.parameters))
+            update = parts.updater.finalize(name, self.number, Gathered(parts.parameters))
             parts.statistics.masks_updated(self.number, name, target=update.target, achieved=update.achieved)
             parts.registry.notify("ast_masks_updated", training=self._owner, sub_net=name, step=self.number)

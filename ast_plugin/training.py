@@ -24,17 +24,21 @@ from torch import Tensor, nn
 from ast_plugin.attachment import Attachment
 from ast_plugin.checkpoint import Stateful, load_objects, save_objects
 from ast_plugin.describe import Description, describe
-from ast_plugin.distributed import ranks
+from ast_plugin.distributed import average_over_ranks, is_first_rank, ranks
 from ast_plugin.elastic_file import write_elastic
 from ast_plugin.errors import ActivationError, ConfigError, WrapError, near_names
 from ast_plugin.events import RunEvents
 from ast_plugin.optimizer_modes import OptimizerModes
 from ast_plugin.parts import RunParts
 from ast_plugin.recalibration import Forward, recalibrate_each
+from ast_plugin.sharded_masks import ShardedMasks
+from ast_plugin.sharding import gathered
 from ast_plugin.step import TrainingStep
+from ast_plugin.training_exchange import with_fixed_entries, with_plain_entries
 from ast_plugin.training_state import RunState
 from ast_plugin.twins import Twin
 
+_AVERAGED = ("running_mean", "running_var")
 _FAR_FROM_TARGET = 0.01  # in sparsity: more than patterns with large units leave over
 
 
@@ -155,13 +159,14 @@ class AlternatingSparseTraining:
     def materialize(self, name: str) -> dict[str, Tensor]:
         """Return one sub-net as an ordinary state dict: zeros where it drops weights, its own BatchNorm state.
 
-        Names are those of the bare model, inside wrappers for compilation and data-parallel use.
+        Names are those of the bare model, inside wrappers for compilation and data-parallel use. Sharded parameters are
+        gathered: a collective.
 
         Raises:
             ConfigError: If there is no such sub-net.
         """
         with self.sub_net(name):
-            return {key: value.detach().clone() for key, value in self._parts.bare.state_dict().items()}
+            return {key: gathered(value).detach().clone() for key, value in self._parts.bare.state_dict().items()}
 
     def recalibrate(
         self,
@@ -210,28 +215,59 @@ class AlternatingSparseTraining:
             >>> with average.sub_net("s90") as network:
             ...     evaluate(network)
         """
+        if self._parts.sharded:
+            raise ConfigError(
+                "twin() puts whole masks on a model, and every rank holds a part of them here; save() the run and load "
+                "the file beside the other model"
+            )
         return Twin(model, self)
 
-    def state_dict(self) -> dict[str, Any]:
+    def synchronize_normalization(self) -> None:
+        """Average the running BatchNorm statistics of every sub-net over all ranks.
+
+        Every rank estimates them from its own data, and keeps them to itself. Call this on all ranks before they
+        evaluate, or before rank 0 saves; it is a collective. Does nothing in a single process.
+        """
+        if ranks(self.model) == 1:
+            return
+        with self._events.at_rest():
+            for name in self.sub_nets:
+                state = self.private_state(name)
+                statistics = {key: tensor for key, tensor in state.items() if key.endswith(_AVERAGED)}
+                average_over_ranks(statistics, like=dict(statistics), model=self.model)
+                self._parts.normalization.load(name, {**state, **statistics})
+
+    def state_dict(self, *, full: bool = False) -> dict[str, Any]:
         """Return the state of the run as tensors and plain containers, readable with ``weights_only=True``.
 
-        It travels in ``optimizer.state_dict()`` by itself; call this to keep it elsewhere.
+        It travels in ``optimizer.state_dict()`` by itself; call this to keep it elsewhere, or hand the controller to
+        what calls it: `torch.distributed.checkpoint`, Accelerate's ``register_for_checkpointing``. Where parameters are
+        sharded, this is a collective, and masks and reference gradient are DTensors.
+
+        Args:
+            full: Whether to gather DTensors, so that the state can be loaded where nothing is sharded.
         """
         with self._events.at_rest():
-            return self._state.collect()
+            if full:
+                return with_fixed_entries(self._state.collect(whole=True))
+            return with_fixed_entries(self._state.collect(), self._parts.sharded_gradients)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned. Model and optimizer bring their own state back themselves.
+
+        What an optimizer's state dict holds under ``ast_plugin`` is taken as well.
 
         Raises:
             StateError: If the state belongs to other sub-nets or parameters; nothing has been changed then.
             ActivationError: If a sub-net is on, inside ``with sub_net(...)``.
         """
         self._events.before_load()
-        self._state.restore(state)
+        self._state.restore(with_plain_entries(state))
 
     def save(self, path: str | Path, *, report: Mapping[str, Any] | None = None, twin: Twin | None = None) -> None:
         """Write all sub-nets into one elastic file, readable by `ast_plugin.load` and by any safetensors reader.
+
+        Call it on one rank; where parameters are sharded, on all: they are gathered, and the first rank writes.
 
         Args:
             path: The file; an older one is replaced only when the new one is complete.
@@ -268,13 +304,12 @@ class AlternatingSparseTraining:
         if report is not None:
             header["report"] = dict(report)
         with self._events.at_rest():
-            write_elastic(
-                Path(path),
-                state=self._parts.bare.state_dict() if twin is None else twin.dense_state(),
-                masks=self.masks,
-                private={name: (twin or self).private_state(name) for name in self.sub_nets},
-                header=header,
-            )
+            state = self._parts.bare.state_dict() if twin is None else twin.dense_state()
+            masks, private = self.masks, {name: (twin or self).private_state(name) for name in self.sub_nets}
+            if isinstance(masks, ShardedMasks):
+                state, private, masks = gathered(state), gathered(private), masks.gathered()
+            if masks is self.masks or is_first_rank(self.model):
+                write_elastic(Path(path), state=state, masks=masks, private=private, header=header)
 
     def save_checkpoint(self, path: str | Path, *, random_state: bool = True, **extra: Any) -> None:
         """Write everything that goes on from here: model, optimizer with the state of the run, and what else is given.
@@ -370,4 +405,9 @@ class AlternatingSparseTraining:
             )
 
     def _checkpointed(self) -> dict[str, Any]:
+        if self._parts.sharded:
+            raise ConfigError(
+                "save_checkpoint() and load_checkpoint() know one file, and every rank holds a part of this model; use "
+                'torch.distributed.checkpoint: dcp.save({"app": ..., "ast": ast}, checkpoint_id=...)'
+            )
         return {"model": self._parts.bare, "optimizer": self.optimizer}

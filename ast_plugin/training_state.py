@@ -9,9 +9,13 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ast_plugin.errors import StateError
 from ast_plugin.masks import MaskStore
 from ast_plugin.parts import RunParts
+from ast_plugin.sharded_masks import ShardedMasks
+from ast_plugin.sharding import full, gathered, is_sharded, local_part
 from ast_plugin.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -35,9 +39,17 @@ class RunState:
         self._step = step
         self._metrics = metrics
 
-    def collect(self) -> dict[str, Any]:
-        """Return the state of the run at rest: plain containers and tensors; masks packed, eight weights a byte."""
+    def collect(self, *, whole: bool = False) -> dict[str, Any]:
+        """Return the state of the run at rest: plain containers and tensors; masks packed, eight weights a byte.
+
+        What belongs to sharded parameters is DTensors, masks of bool; nothing is communicated.
+
+        Args:
+            whole: Whether to gather these, a collective, so that the state is that of a model which is not sharded.
+        """
         parts = self._parts
+        packed = whole or not parts.sharded
+        normalization, reference = parts.normalization.state_dict(), self._reference()
         return {
             "format": FORMAT,
             "step": self._step.number,
@@ -45,9 +57,9 @@ class RunState:
             "sub_nets": list(parts.names),
             "default_sub_net": parts.default,
             "shapes": {name: list(shape) for name, shape in parts.masks.shapes.items()},
-            "masks": {name: parts.masks.pack(name) for name in parts.names},
-            "normalization": parts.normalization.state_dict(),
-            "reference": parts.reference.state_dict(),
+            "masks": {name: parts.masks.pack(name) if packed else parts.masks.of(name) for name in parts.names},
+            "normalization": gathered(normalization) if whole else normalization,
+            "reference": gathered(reference) if whole else reference,
             "statistics": parts.statistics.state_dict(),
             "metrics": {name: dict(figures) for name, figures in self._metrics.items()},
             "config": parts.config.to_dict(),
@@ -68,7 +80,11 @@ class RunState:
         parts = self._parts
         try:
             _check(parts, state)
-            masks = MaskStore(parts.names, parts.masks.shapes)
+            masks = (
+                ShardedMasks(parts.names, parts.parameters)
+                if parts.sharded
+                else MaskStore(parts.names, parts.masks.shapes)
+            )
             for name in parts.names:
                 masks.unpack(name, state["masks"][name])
             _check_reference(state["reference"], masks)
@@ -83,14 +99,45 @@ class RunState:
                 "checkpoint"
             ) from error
         _warn_of_other_settings(changed)  # here, because a warning may be made an error
-        for parameter_name, parameter in parts.parameters.items():
-            for name in parts.names:
-                parts.masks.set(name, parameter_name, masks.get(name, parameter_name).to(parameter.device))
+        if isinstance(parts.masks, ShardedMasks) and isinstance(masks, ShardedMasks):
+            parts.masks.adopt(masks)
+        else:
+            for parameter_name, parameter in parts.parameters.items():
+                for name in parts.names:
+                    parts.masks.set(name, parameter_name, masks.get(name, parameter_name).to(parameter.device))
         parts.normalization.load_state_dict(state["normalization"])
-        parts.reference.load_state_dict(state["reference"])
+        parts.reference.load_state_dict(self._parts_of_reference(state["reference"]))
         parts.statistics.load_state_dict(state["statistics"])
         self._metrics.update(metrics)
         self._step.restore(number, last_steps)
+
+    def _reference(self) -> dict[str, Any]:
+        """Return the reference; where parameters are sharded, as whole gradients of which every rank has a part."""
+        parts = self._parts
+        if not parts.sharded:
+            return parts.reference.state_dict()
+        reference = parts.reference.state_dict(whole=True)
+        for name, gradient in reference["gradients"].items():
+            layout = parts.layouts[name]
+            if layout is not None:
+                reference["gradients"][name] = layout.join(gradient)
+        return reference
+
+    def _parts_of_reference(self, reference: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a saved reference as this rank's parts of whole gradients."""
+        parts, coming = self._parts, reference["coming"]
+        if not parts.sharded:
+            return reference
+        gradients = {}
+        for name, gradient in reference["gradients"].items():
+            layout = parts.layouts[name]
+            if coming is not None:
+                values = gradient
+                gradient = torch.zeros(parts.masks.shapes[name], dtype=values.dtype, device=values.device)
+                gradient[full(parts.masks.get(coming, name)).to(values.device)] = values
+            part = layout.part_of(gradient) if layout is not None and not is_sharded(gradient) else gradient
+            gradients[name] = local_part(part)
+        return {"sub_net": reference["sub_net"], "coming": None, "gradients": gradients}
 
 
 def _check(parts: RunParts, state: Mapping[str, Any]) -> None:

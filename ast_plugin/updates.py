@@ -19,6 +19,7 @@ from ast_plugin.patterns import level, nearest_count, weights_in
 from ast_plugin.plans import SubNetPlan
 from ast_plugin.schedules import constant_drop_fraction, cosine_drop_fraction
 from ast_plugin.selection_kernels import count_kept
+from ast_plugin.sharding import full
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ class MaskUpdater:
             first = chance if not self.method.reselect else self.method.drop_score
             selected = self._select(plan, sparsity, weights, None, step=-1, scores=first)
             for parameter, units in selected.items():
-                self.masks.set(name, parameter, plan.pattern.expand(units, weights[parameter].shape))
+                self.masks.set(name, parameter, plan.pattern.expand(units, self.masks.shapes[parameter]))
 
     def update(
         self, sub_net: str, step: int, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None
@@ -144,15 +145,16 @@ class MaskUpdater:
                 plan, sparsity, weights, gradients, step=step, scores=self.method.drop_score, unit_scores=drop_scores
             )
         else:
-            selected = {name: plan.pattern.reduce_mask(self.masks.get(sub_net, name)) for name in self.masks.parameters}
+            present = ((name, full(self.masks.get(sub_net, name))) for name in self.masks.parameters)
+            selected = {name: plan.pattern.reduce_mask(mask) for name, mask in present}
         grown = {}
         owed = self._owed(plan, sparsity, selected, weights)
         for name, kept in selected.items():
             if self.method.grow_score is not None:
                 scores = drop_scores.pop(name, None)
                 kept, owed = self._regrow(plan, name, kept, scores, weights, gradients, step, owed)
-            before = self.masks.get(sub_net, name).to(kept.device)
-            after = plan.pattern.expand(kept, weights[name].shape)
+            before = full(self.masks.get(sub_net, name)).to(kept.device)
+            after = plan.pattern.expand(kept, self.masks.shapes[name])
             new = after & ~before
             if count_kept(new):
                 grown[name] = new
@@ -171,7 +173,7 @@ class MaskUpdater:
         if self.method.reselect:
             chosen = self._select(plan, plan.target_sparsity, weights, None, step=step, scores=self.method.drop_score)
             for name, kept in chosen.items():
-                self.masks.set(sub_net, name, plan.pattern.expand(kept, weights[name].shape))
+                self.masks.set(sub_net, name, plan.pattern.expand(kept, self.masks.shapes[name]))
         return MaskUpdate(sub_net=sub_net, target=plan.target_sparsity, achieved=self.masks.sparsity(sub_net), grown={})
 
     def _initial_sparsity(self, plan: SubNetPlan) -> float:
@@ -189,7 +191,7 @@ class MaskUpdater:
         return ScoreInputs(
             weight=weights[name].detach(),
             gradient=None if gradients is None else gradients.get(name),
-            mask=self.masks.get(plan.name, name),
+            mask=full(self.masks.get(plan.name, name)),
             generator=seeded_generator(self.config.seed, plan.name, step, name),
         )
 
@@ -211,10 +213,8 @@ class MaskUpdater:
         names = self.masks.parameters
         pattern = plan.pattern
         if sparsity <= 0:
-            return {
-                name: torch.ones(pattern.unit_count(weights[name].shape), dtype=torch.bool, device=weights[name].device)
-                for name in names
-            }
+            units = {name: pattern.unit_count(self.masks.shapes[name]) for name in names}
+            return {n: torch.ones(count, dtype=torch.bool, device=weights[n].device) for n, count in units.items()}
         made: dict[str, Tensor] = {} if unit_scores is None else unit_scores
         for name in names:
             made[name] = self._unit_scores(plan, scores, self._inputs(plan, name, weights, gradients, step))
@@ -222,7 +222,7 @@ class MaskUpdater:
         chosen = {}
         owed = 0.0
         for name, count in zip(names, counts, strict=True):
-            shape = weights[name].shape
+            shape = self.masks.shapes[name]
             kept = pattern.keep_top(made[name], count, shape)
             sizes = pattern.unit_sizes(shape)
             if sizes is not None:
@@ -238,7 +238,7 @@ class MaskUpdater:
     ) -> list[int]:
         """Return how many units each parameter keeps at `sparsity`, adding up exactly."""
         pattern = plan.pattern
-        shapes = {name: tuple(weights[name].shape) for name in self.masks.parameters}
+        shapes = {name: self.masks.shapes[name] for name in self.masks.parameters}
         if pattern.fixed_sparsity is not None:
             return [pattern.kept_units(shape, sparsity) for shape in shapes.values()]
         request = DistributionRequest(
@@ -288,8 +288,8 @@ class MaskUpdater:
         if drop_scores is None:
             drop_scores = self._unit_scores(plan, self.method.drop_score, inputs)
         grow_scores = self._unit_scores(plan, grow_score, inputs)
-        after = plan.pattern.regrow(kept, drop_scores, grow_scores, count, weights[name].shape)
-        sizes = plan.pattern.unit_sizes(weights[name].shape)
+        after = plan.pattern.regrow(kept, drop_scores, grow_scores, count, self.masks.shapes[name])
+        sizes = plan.pattern.unit_sizes(self.masks.shapes[name])
         if sizes is None:
             return after, owed
         wanted = weights_in(kept, sizes) + owed
@@ -300,14 +300,14 @@ class MaskUpdater:
         self, plan: SubNetPlan, sparsity: float, selected: Mapping[str, Tensor], weights: Mapping[str, Tensor]
     ) -> float:
         """Return how many weights too few the chosen units hold, which only units of unequal size can make up."""
-        sizes = {name: plan.pattern.unit_sizes(weights[name].shape) for name in selected}
+        sizes = {name: plan.pattern.unit_sizes(self.masks.shapes[name]) for name in selected}
         if all(unequal is None for unequal in sizes.values()):
             return 0.0
         held = 0.0
         for name, kept in selected.items():
             unequal = sizes[name]
             if unequal is None:
-                held += count_kept(kept) * weights[name].numel() / kept.numel()
+                held += count_kept(kept) * self.masks.total(name) / kept.numel()
             else:
                 held += weights_in(kept, unequal)
         return nearest_count(self.masks.total(), sparsity) - held

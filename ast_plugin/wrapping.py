@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ast_plugin.activation import MaskedActivation
+from ast_plugin.activation import MaskedActivation, ShardedActivation
 from ast_plugin.attachment import is_attached
 from ast_plugin.config import ASTConfig, CorrectionOptions, LayerSparsity, Moment
+from ast_plugin.distributed import from_first_rank
 from ast_plugin.distributions import Distribution, ExplicitDistribution
 from ast_plugin.errors import ConfigError, SelectionError, WrapError, near_names
 from ast_plugin.gradients import GradientMasks
@@ -28,6 +29,9 @@ from ast_plugin.plugins import PluginRegistry
 from ast_plugin.reference import GradientReference
 from ast_plugin.rewinding import RewindableActivation
 from ast_plugin.schedules import resolve_calendars
+from ast_plugin.sharded_masks import ShardedMasks
+from ast_plugin.sharded_slots import LocalSlots, ShardedSlots
+from ast_plugin.sharding import Gathered, layout_of, reshard
 from ast_plugin.slots import ParameterSlots, bare_model, tensor_slots
 from ast_plugin.statistics import Statistics
 from ast_plugin.sub_nets import SubNetSpec
@@ -106,10 +110,31 @@ def wrap(
     registry = PluginRegistry(plugins)
     rule = method if isinstance(method, Method) else registry.method(settings.method)
     parts = _build(optimizer, model, settings, registry, rule)
-    parts.updater.initialize(dict(parts.parameters))
+    parts.updater.initialize(Gathered(parts.parameters))
+    if not parts.sharded:  # gathered weights are the same to all ranks
+        _take_from_first_rank(parts)
     training = AlternatingSparseTraining(parts)
     training.attach()
     return training
+
+
+def _take_from_first_rank(parts: RunParts) -> None:
+    """Start every rank from the masks and BatchNorm states of the first, as DDP does with parameters and buffers."""
+
+    def state() -> tuple[dict[str, Any], dict[str, Any]]:
+        private = {name: parts.normalization.state(name) for name in parts.names if name != parts.default}
+        return (
+            {name: parts.masks.pack(name) for name in parts.names},
+            {name: {key: tensor.cpu() for key, tensor in tensors.items()} for name, tensors in private.items()},
+        )
+
+    first = from_first_rank(state, parts.model)
+    if first is not None:
+        masks, private = first
+        for name in parts.names:
+            parts.masks.unpack(name, masks[name])
+        for name, tensors in private.items():
+            parts.normalization.load(name, tensors)
 
 
 def _settings(config: ASTConfig | None, options: dict[str, Any]) -> ASTConfig:
@@ -163,21 +188,38 @@ def _build(
         default=default,
     )
     bare = bare_model(model)
+    reshard(bare)
     choices = tuple(registry.select_parameters(bare, include=config.include, exclude=config.exclude))
     prunable = [choice for choice in choices if choice.prunable]
     _check_in_optimizer(optimizer, bare, prunable)
     for choice in prunable:
         for pattern in patterns.values():
             pattern.check(choice.name, choice.shape)
-    parameters = ParameterSlots(bare, [choice.name for choice in prunable])
-    masks = MaskStore(names, {choice.name: choice.shape for choice in prunable})
+    parameters = local = ParameterSlots(bare, [choice.name for choice in prunable])
+    layouts = {name: layout_of(name, parameter) for name, parameter in parameters.items()}
+    masks = local_masks = MaskStore(names, {choice.name: choice.shape for choice in prunable})
+    is_sharded = any(layout is not None for layout in layouts.values())
+    if is_sharded:
+        _check_correction(registry)
+        parameters, local = ShardedSlots(bare, parameters), LocalSlots(bare, parameters)
+        masks = sharded_masks = ShardedMasks(names, parameters)
+        local_masks = sharded_masks.local
     distribution = _distribution(config, names, [choice.name for choice in prunable], registry, method)
     updater = MaskUpdater(config, plans, method=method, distribution=distribution, masks=masks)
     normalization = PrivateNormalization(bare, names, default, enabled=config.private_normalization)
     _check_private_in_optimizer(optimizer, bare, normalization.parameter_names)
     normalization.adopt_optimizer_state(optimizer)
-    packed = PackedMasks(parameters, masks)
-    gradients = GradientMasks(parameters, masks, packed)
+    packed = PackedMasks(local, local_masks)
+    gradients = GradientMasks(local, local_masks, packed, owners=parameters)
+    # No graph needs the number of batches.
+    changing = [*parameters, *(n for n in normalization.names if not n.endswith("_batches_tracked"))]
+    activation = RewindableActivation(
+        ShardedActivation(packed, normalization, bare) if is_sharded else MaskedActivation(packed, normalization),
+        tensor_slots(bare, () if is_sharded else changing),
+        len(parameters) + len(normalization.parameter_names),
+        local_masks.revision,
+        sharded=is_sharded,
+    )
     window = (config.total_steps or 50 * _HISTORY_POINTS) // _HISTORY_POINTS
     return RunParts(
         config=config,
@@ -189,24 +231,29 @@ def _build(
         registry=registry,
         choices=choices,
         parameters=parameters,
+        local=local,
+        layouts=layouts,
         method=method,
         alternation=alternation,
         masks=masks,
+        local_masks=local_masks,
         updater=updater,
         normalization=normalization,
-        activation=RewindableActivation(
-            MaskedActivation(packed, normalization),
-            # No graph needs the number of batches.
-            tensor_slots(bare, [*parameters, *(n for n in normalization.names if not n.endswith("_batches_tracked"))]),
-            len(parameters) + len(normalization.parameter_names),
-            masks.revision,
-        ),
+        activation=activation,
         gradients=gradients,
         reference=GradientReference(packed, gradients),
         inactive=FrozenInactive() if config.inactive == "freeze" else None,
         grow_initialization=config.grow_initialization or method.grow_initialization,
         statistics=Statistics(names, window=max(window, len(names))),
     )
+
+
+def _check_correction(registry: PluginRegistry) -> None:
+    if registry.extends("ast_correct_gradients"):
+        raise WrapError(
+            "a plugin corrects gradients (ast_correct_gradients), and this model's are spread over the ranks, of which "
+            "it would see one part; train without the plugin, or with DistributedDataParallel"
+        )
 
 
 def _check_in_optimizer(

@@ -178,7 +178,7 @@ def test_a_state_of_another_model_or_format_is_refused() -> None:
 def test_a_damaged_state_changes_nothing() -> None:
     model, optimizer, ast = wrapped()
     train(model, optimizer, range(20))
-    good = through_disk(ast.state_dict())
+    good = through_disk(optimizer.state_dict()["ast_plugin"])
     masks = {name: {p: m.clone() for p, m in ast.masks.of(name).items()} for name in ast.sub_nets}
 
     def damaged(change: Callable[[Any], Any]) -> Any:
@@ -209,6 +209,10 @@ def test_a_damaged_state_changes_nothing() -> None:
         assert ast.step == 20
         for name in ast.sub_nets:
             assert_same(masks[name], ast.masks.of(name))
+    fixed = ast.state_dict()
+    for rest in (fixed["rest"][:-100], b"", 3):
+        with pytest.raises(ast_plugin.StateError, match="the saved state is damaged"):
+            ast.load_state_dict({**fixed, "rest": rest})
     for nothing in ({"format": 2}, 3):
         with pytest.raises(ast_plugin.StateError, match="damaged or none of this package"):
             ast.load_state_dict(nothing)  # type: ignore[arg-type]  # what a wrong file may hold
