@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ast_plugin.files import atomic_write_text
 from overhead_frontier import measure_forms
 from overhead_lineup import build_all
 from overhead_memory import measure_memory
@@ -29,8 +31,6 @@ from overhead_page import page, text
 from overhead_runs import measure_mask_updates, measure_runs
 from overhead_tasks import NETWORKS, OPTIMIZERS, Task, make_task
 from overhead_timing import hook_times, measure, ratio
-
-from ast_plugin.files import atomic_write_text
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 PAGE = Path(__file__).parent.parent / "docs" / "cost.md"

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from overhead_tasks import Batch, Task, train_step
-from overhead_timing import HookTimer
 from torch import Tensor, nn
 
 import ast_plugin
 from ast_plugin import AlternatingSparseTraining, SubNetSpec
 from ast_plugin.selection_kernels import keep_largest
+from overhead_tasks import Batch, Task, train_step
+from overhead_timing import HookTimer
 
 SPARSITIES = (0.90, 0.95, 0.98)
 ONE = 0.90  # the sparsity of those who train a single sparse network

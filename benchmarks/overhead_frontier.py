@@ -12,13 +12,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from overhead_contenders import PLAIN, SPARSITIES, Contender, magnitude_masks, plain, prunable, zeros
-from overhead_tasks import Batch, Task
-from overhead_timing import HookTimer, hook_times, measure
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ast_plugin.masking import zero_outside_
+from overhead_contenders import PLAIN, SPARSITIES, Contender, magnitude_masks, plain, prunable, zeros
+from overhead_tasks import Batch, Task
+from overhead_timing import HookTimer, hook_times, measure
 
 
 class Form(Protocol):

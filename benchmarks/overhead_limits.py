@@ -6,11 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ast_plugin.report_text import TextTable
 from overhead_contenders import EIGHT_OFF, OURS, SINGLE
 from overhead_memory import FINAL
 from overhead_tasks import NETWORKS
-
-from ast_plugin.report_text import TextTable
 
 Results = Mapping[str, Any]
 

@@ -24,14 +24,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from overhead_contenders import SPARSITIES, settled
-from overhead_tasks import Task, train_step
-from overhead_timing import on_hooks
 from torch import Tensor, nn
 from torch.autograd.profiler import profile, record_function
 
 import ast_plugin
 from ast_plugin import AlternatingSparseTraining
+from overhead_contenders import SPARSITIES, settled
+from overhead_tasks import Task, train_step
+from overhead_timing import on_hooks
 
 Run = tuple[nn.Module, torch.optim.Optimizer, AlternatingSparseTraining | None]
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from ast_plugin.report_text import TextTable, plain_table
 from overhead_contenders import EIGHT, EIGHT_OFF, FREEZE, OFF, OURS, SINGLE
 from overhead_limits import ABSENT, LIMITS, Results, added, growth, measured, summary
 from overhead_memory import FINAL
 from overhead_timing import EVENTS
-
-from ast_plugin.report_text import TextTable, plain_table
 
 _EVENT_NAMES = dict(
     zip(

@@ -9,11 +9,12 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from overhead_contenders import ONE, SPARSITIES, Contender, magnitude_masks, prunable, zeros
-from overhead_tasks import Batch, Task, train_step
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrize, prune
+
+from overhead_contenders import ONE, SPARSITIES, Contender, magnitude_masks, prunable, zeros
+from overhead_tasks import Batch, Task, train_step
 
 JOINT = "joint training of 3"
 

@@ -7,10 +7,6 @@ import time
 from collections.abc import Sequence
 
 import torch
-from mask_update import make_weights, resnet50_shapes
-from overhead_contenders import ONE, SPARSITIES, Contender, plain
-from overhead_tasks import Task, train_step
-from overhead_timing import HookTimer, Sample, hook_times, measure
 
 import ast_plugin
 from ast_plugin.config import ASTConfig
@@ -20,6 +16,10 @@ from ast_plugin.plans import build_plans
 from ast_plugin.plugins import PluginRegistry
 from ast_plugin.schedules import resolve_calendars
 from ast_plugin.updates import MaskUpdater
+from mask_update import make_weights, resnet50_shapes
+from overhead_contenders import ONE, SPARSITIES, Contender, plain
+from overhead_tasks import Task, train_step
+from overhead_timing import HookTimer, Sample, hook_times, measure
 
 ALTERNATING, SINGLE_RUN = "three sub-nets", "one sparse net"
 PARTS = ("update", "forms")

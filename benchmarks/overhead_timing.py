@@ -10,9 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from overhead_tasks import Batch
-
 from ast_plugin import AlternatingSparseTraining
+from overhead_tasks import Batch
 
 EVENTS = (
     "before_forward",
