@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ast_plugin.masking import zero_outside_
@@ -125,29 +124,6 @@ class KeptByMask:
         """Copy the whole vector, unless it is `values` itself."""
         if values.data_ptr() != vector.data_ptr():
             vector.copy_(values)
-
-
-class Overlap:
-    """What two sets of kept elements have in common.
-
-    Args:
-        one: The elements that values come from.
-        other: The elements that they are wanted for.
-    """
-
-    def __init__(self, one: KeptByPosition, other: KeptByPosition) -> None:
-        self.one = one
-        self.other = other
-        ours, theirs = one.positions, other.positions
-        places = torch.searchsorted(ours, theirs).clamp_(max=max(len(ours) - 1, 0))
-        shared = ours[places] == theirs if len(ours) else torch.zeros_like(theirs, dtype=torch.bool)
-        self._from = places[shared]
-        self._to = shared.nonzero().view(-1)
-
-    def carry(self, values: Tensor) -> Tensor:
-        """Return a new vector of the values that `other` keeps, zero where `one` does not keep them."""
-        carried = torch.zeros(self.other.positions.shape, dtype=values.dtype, device=values.device)
-        return carried.scatter_(0, self._to, values.index_select(0, self._from))
 
 
 def kept_elements(mask: Tensor, count: int, segments: Sequence[int]) -> Kept:

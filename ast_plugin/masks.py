@@ -1,11 +1,14 @@
 """The masks of all sub-nets: one bool tensor per sub-net and parameter, True = kept.
 
+Sparse masks on the CPU are held with eight weights a byte, and unpacked when asked for, which steps do not do: they
+apply the forms of `ast_plugin.packed_masks`.
 Counts are asked for far more often than masks change (describe, statistics, reports, every mask update), so
 they are remembered until the mask is replaced. In files and checkpoints a mask takes one bit a weight.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -16,12 +19,15 @@ from torch import Tensor
 
 from ast_plugin.errors import ConfigError, StateError, near_names
 
+# Share of kept weights up to which masks are held as bits: those that steps apply as positions.
+_FEW = 1 / 8
+
 
 class MaskStore:
     """Masks by sub-net and parameter name. A new store keeps every weight.
 
-    A mask lives on the device on which it was set. Masks that come out of the store are the store's own: read
-    them, multiply by them, but change them through `set` alone, or the counts would go stale.
+    A mask lives on the device on which it was set. Masks that come out of the store are for reading: they are the
+    store's own or made anew, and change through `set` alone.
 
     Args:
         sub_nets: Names of the sub-nets, in training order.
@@ -37,7 +43,7 @@ class MaskStore:
         self.sub_nets: tuple[str, ...] = tuple(sub_nets)
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in shapes.items()}
         self.parameters: tuple[str, ...] = tuple(self.shapes)
-        self._masks: dict[str, dict[str, Tensor]] = {
+        self._masks: dict[str, dict[str, Tensor | _Bits]] = {
             sub_net: {name: torch.ones(shape, dtype=torch.bool) for name, shape in self.shapes.items()}
             for sub_net in self.sub_nets
         }
@@ -46,16 +52,16 @@ class MaskStore:
         self._revisions: dict[str, int] = dict.fromkeys(self.sub_nets, 0)
 
     def get(self, sub_net: str, parameter: str) -> Tensor:
-        """Return the mask itself, not a copy: bool, of the parameter's shape.
+        """Return a mask: bool, of the parameter's shape.
 
         Raises:
             ConfigError: If there is no such sub-net or parameter.
         """
         self._check_parameter(parameter)
-        return self._of(sub_net)[parameter]
+        return _as_mask(self._of(sub_net)[parameter])
 
     def set(self, sub_net: str, parameter: str, mask: Tensor) -> None:
-        """Replace a mask. The store keeps `mask` itself, on its device; do not write into it afterwards.
+        """Replace a mask. The store may keep `mask` itself, on its device; do not write into it afterwards.
 
         Raises:
             ConfigError: If there is no such sub-net or parameter, or `mask` has another dtype or shape.
@@ -67,26 +73,29 @@ class MaskStore:
                 f"mask of {parameter!r} in sub-net {sub_net!r} must be bool of shape {self.shapes[parameter]}, "
                 f"got {mask.dtype} of shape {tuple(mask.shape)}"
             )
-        masks[parameter] = mask.detach()
+        mask = mask.detach()
+        masks[parameter] = mask
         self._kept[sub_net].pop(parameter, None)
+        if mask.device.type == "cpu" and self.kept(sub_net, parameter) <= _FEW * mask.numel():
+            masks[parameter] = _Bits(pack_bits(mask), tuple(mask.shape))
         self._revisions[sub_net] += 1
 
     def move(self, sub_net: str, parameter: str, device: torch.device) -> None:
         """Move a mask to another device."""
         masks = self._of(sub_net)
-        masks[parameter] = masks[parameter].to(device)
+        masks[parameter] = _as_mask(masks[parameter]).to(device)
 
     def revision(self, sub_net: str) -> int:
         """Return a number that rises whenever a mask of `sub_net` changes."""
         return self._revisions[sub_net]
 
     def of(self, sub_net: str) -> dict[str, Tensor]:
-        """Return all masks of a sub-net by parameter name: a new dict of the store's own tensors.
+        """Return all masks of a sub-net by parameter name, in a new dict.
 
         Raises:
             ConfigError: If there is no such sub-net.
         """
-        return dict(self._of(sub_net))
+        return {name: _as_mask(held) for name, held in self._of(sub_net).items()}
 
     def kept(self, sub_net: str, parameter: str | None = None) -> int:
         """Return how many weights a sub-net keeps, of one parameter or of all.
@@ -98,7 +107,7 @@ class MaskStore:
         wanted = self._wanted(parameter)
         missing = [name for name in wanted if name not in known]
         if missing:
-            known.update(zip(missing, _count([masks[name] for name in missing]), strict=True))
+            known.update(zip(missing, _count([_as_mask(masks[name]) for name in missing]), strict=True))
         return sum(known[name] for name in wanted)
 
     def total(self, parameter: str | None = None) -> int:
@@ -126,7 +135,7 @@ class MaskStore:
         Raises:
             ConfigError: If there is no such sub-net.
         """
-        ours, theirs, kept = self._of(a), self._of(b), self.kept(a)
+        ours, theirs, kept = self.of(a), self.of(b), self.kept(a)
         if a == b or not kept:
             return float(kept > 0)
         shared = _count([ours[name] & theirs[name].to(ours[name].device) for name in self.parameters])
@@ -139,7 +148,7 @@ class MaskStore:
             ConfigError: If there is no such parameter.
         """
         self._check_parameter(parameter)
-        first, *others = (self._masks[sub_net][parameter] for sub_net in self.sub_nets)
+        first, *others = (self.get(sub_net, parameter) for sub_net in self.sub_nets)
         union = first.clone()
         for mask in others:
             union |= mask.to(union.device)
@@ -151,7 +160,10 @@ class MaskStore:
         Raises:
             ConfigError: If there is no such sub-net.
         """
-        return {name: pack_bits(mask) for name, mask in self._of(sub_net).items()}
+        return {
+            name: held.packed.clone() if isinstance(held, _Bits) else pack_bits(held)
+            for name, held in self._of(sub_net).items()
+        }
 
     def unpack(self, sub_net: str, packed: Mapping[str, Tensor]) -> None:
         """Replace all masks of a sub-net by what `pack` returned; each goes to the device of the one it replaces.
@@ -178,9 +190,8 @@ class MaskStore:
                 fresh[name] = unpack_bits(packed[name], shape).to(masks[name].device)
             except StateError as error:
                 raise StateError(f"mask of {name!r} in sub-net {sub_net!r}: {error}") from None
-        masks.update(fresh)
-        self._kept[sub_net].clear()
-        self._revisions[sub_net] += 1
+        for name, mask in fresh.items():
+            self.set(sub_net, name, mask)
 
     def checksum(self, sub_net: str | None = None) -> str:
         """Return a hash of parameter names, shapes and masks: the same in every process and on every device.
@@ -200,7 +211,7 @@ class MaskStore:
                 digest.update(packed.numpy().tobytes())
         return digest.hexdigest()
 
-    def _of(self, sub_net: str) -> dict[str, Tensor]:
+    def _of(self, sub_net: str) -> dict[str, Tensor | _Bits]:
         try:
             return self._masks[sub_net]
         except KeyError:
@@ -217,6 +228,28 @@ class MaskStore:
             raise ConfigError(
                 f"{parameter!r} is no prunable parameter of this run: {near_names(str(parameter), self.parameters)}"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bits:
+    """A sparse mask as `pack_bits` makes it.
+
+    Attributes:
+        packed: The bits.
+        shape: Shape of the mask.
+    """
+
+    packed: Tensor
+    shape: tuple[int, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return self.packed.device
+
+
+def _as_mask(held: Tensor | _Bits) -> Tensor:
+    return unpack_bits(held.packed, held.shape) if isinstance(held, _Bits) else held
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ast_plugin.kept import Kept, KeptByPosition, Overlap, kept_elements
+from ast_plugin.kept import Kept, kept_elements
 from ast_plugin.masks import MaskStore
 from ast_plugin.packs import Layout, Pack, build_packs, order_of
 from ast_plugin.selection_kernels import count_kept
@@ -28,7 +28,6 @@ class PackedMasks:
         self._kinds: list[tuple[torch.dtype, torch.device]] = []
         self._packs: tuple[Pack, ...] = ()
         self._kept: dict[tuple[str, Pack, Layout], tuple[int, Kept]] = {}
-        self._overlaps: dict[tuple[str, str, Pack, Layout], Overlap] = {}
 
     @property
     def packs(self) -> tuple[Pack, ...]:
@@ -43,7 +42,6 @@ class PackedMasks:
             self._kinds = kinds
             self._packs = tuple(build_packs(self._masks.shapes, dict(zip(names, kinds, strict=True))))
             self._kept.clear()
-            self._overlaps.clear()
         return self._packs
 
     def parameters(self, pack: Pack) -> list[Tensor]:
@@ -62,17 +60,6 @@ class PackedMasks:
         if known is None or known[0] != revision:
             self._kept[sub_net, pack, layout] = known = revision, self._make(sub_net, pack, layout)
         return known[1]
-
-    def overlap(self, sub_net: str, other: str, pack: Pack, tensors: Sequence[Tensor | None]) -> Overlap | None:
-        """Return what two sub-nets have in common; None where one of them is not held as positions."""
-        ours, theirs = self.kept(sub_net, pack, tensors), self.kept(other, pack, tensors)
-        if not isinstance(ours, KeptByPosition) or not isinstance(theirs, KeptByPosition):
-            return None
-        key = sub_net, other, pack, pack.layout(tensors)
-        known = self._overlaps.get(key)
-        if known is None or known.one is not ours or known.other is not theirs:
-            self._overlaps[key] = known = Overlap(ours, theirs)
-        return known
 
     def mask(self, sub_net: str, name: str) -> Tensor:
         """Return the bool mask of one parameter, on its device."""

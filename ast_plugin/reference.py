@@ -84,12 +84,7 @@ class GradientReference:
             if all(gradient is None for gradient in gradients):
                 continue
             kept = self._kept(pack, gradients)
-            overlap = None if coming is None else self._masks.overlap(sub_net, coming, pack, gradients)
-            if overlap is None:
-                values = kept.values_of_dense(pack.vector(gradients))
-            else:
-                # The gradients are long out of the processor's caches; their kept values are few.
-                values = overlap.carry(self._gradients.values(pack, gradients, overlap.one))
+            values = kept.values_of_dense(pack.vector(gradients))
             present = tuple(gradient is not None for gradient in gradients)
             self._remembered[pack] = _Remembered(values, kept, pack.layout(gradients), present)
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ast_plugin.kept import POSITIONS_UP_TO, Kept, KeptByMask, KeptByPosition, Overlap, kept_elements
+from ast_plugin.kept import POSITIONS_UP_TO, Kept, KeptByMask, KeptByPosition, kept_elements
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 BOTH_FORMS = pytest.mark.parametrize("form", [KeptByPosition, KeptByMask])
@@ -208,58 +207,3 @@ def test_an_empty_mask_has_a_form_too() -> None:
     kept = kept_elements(bools(), 0, [0, 0])
     assert kept.lengths == (0, 0)
     assert kept.keep_only_(torch.empty(0)).shape == (0,)
-
-
-def test_what_two_sets_have_in_common_by_hand() -> None:
-    # Sets {1, 4, 5} and {0, 4, 5, 7}: of the second's four places, the middle two have values.
-    one, other = KeptByPosition(bools(0, 1, 0, 0, 1, 1, 0, 0), [8]), KeptByPosition(bools(1, 0, 0, 0, 1, 1, 0, 1), [8])
-    assert Overlap(one, other).carry(torch.tensor([11.0, 14.0, 15.0])).tolist() == [0, 14, 15, 0]
-    assert Overlap(other, one).carry(torch.tensor([10.0, 14.0, 15.0, 17.0])).tolist() == [0, 14, 15]
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "expected"),
-    [
-        ([0, 0, 0, 0], [0, 1, 1, 0], [0, 0]),  # nothing to carry from
-        ([0, 1, 1, 0], [0, 0, 0, 0], []),  # nothing to carry to
-        ([0, 0, 0, 0], [0, 0, 0, 0], []),
-        ([1, 0, 1, 0], [0, 1, 0, 1], [0, 0]),  # disjoint, the last one beyond all of the first
-        ([0, 1, 0, 1], [1, 0, 1, 0], [0, 0]),
-        ([1, 0, 1, 1], [1, 0, 1, 1], [5, 7, 8]),  # the same
-        ([1, 1, 1, 1], [0, 0, 1, 0], [7]),  # one within the other
-        ([0, 0, 1, 0], [1, 1, 1, 1], [0, 0, 7, 0]),
-    ],
-)
-def test_empty_disjoint_and_nested_sets(one: list[int], other: list[int], expected: list[float]) -> None:
-    dense = torch.tensor([5.0, 6.0, 7.0, 8.0])
-    ours, theirs = KeptByPosition(bools(*one), [4]), KeptByPosition(bools(*other), [4])
-    assert Overlap(ours, theirs).carry(ours.values(dense)).tolist() == expected
-
-
-@settings(max_examples=150)
-@given(
-    total=st.integers(0, 40),
-    ours=st.sets(st.integers(0, 39)),
-    theirs=st.sets(st.integers(0, 39)),
-    dtype=st.sampled_from(DTYPES),
-)
-def test_carrying_equals_masking_twice(total: int, ours: set[int], theirs: set[int], dtype: torch.dtype) -> None:
-    one_mask, other_mask = (torch.from_numpy(np.isin(np.arange(total), sorted(s))) for s in (ours, theirs))
-    dense = torch.arange(1, total + 1).to(dtype)
-    one, other = KeptByPosition(one_mask, [total]), KeptByPosition(other_mask, [total])
-    values = one.values_of_dense(dense)
-    before = values.clone()
-    overlap = Overlap(one, other)
-    carried = overlap.carry(values)
-    assert same_bits(carried, (dense * one_mask)[other_mask])
-    assert same_bits(values, before)
-    assert overlap.one is one
-    assert overlap.other is other
-    carried.fill_(-1)  # memory of its own
-    assert same_bits(values, before)
-
-
-def test_infinities_and_nan_are_carried_as_they_are() -> None:
-    one, other = KeptByPosition(bools(1, 1, 1, 1), [4]), KeptByPosition(bools(1, 0, 1, 1), [4])
-    carried = Overlap(one, other).carry(torch.tensor([math.inf, 1.0, math.nan, -0.0]))
-    assert same_bits(carried, torch.tensor([math.inf, math.nan, -0.0]))

@@ -234,17 +234,14 @@ def test_the_reference_is_a_copy(sub_net: str) -> None:
         assert_equal(setting.compared(coming or "fewer"), restricted(setting, earlier, coming or "fewer"))
 
 
-def test_kept_values_at_hand_spare_reading_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reference_taken_for_the_coming_masks_is_compared_as_it_is() -> None:
     setting = Setting()
     earlier = setting.backward("few")
-    with monkeypatch.context() as patch:
-        patch.setattr(packs.Pack, "vector", None)
-        setting.reference.take("few", "fewer")
+    setting.reference.take("few", "fewer")
     setting.backward("fewer")
-    with monkeypatch.context() as patch:
-        patch.setattr(packs.Pack, "vector", None)
-        (pair,), (again,) = setting.reference.pairs("fewer"), setting.reference.pairs("fewer")
+    (pair,), (again,) = setting.reference.pairs("fewer"), setting.reference.pairs("fewer")
     assert pair.reference is again.reference
+    assert pair.reference.numel() == setting.masks.kept("fewer")
     assert_equal(setting.compared("fewer"), restricted(setting, earlier, "fewer"))
 
 
