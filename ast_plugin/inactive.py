@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ast_plugin.masking import put_back_outside_
 from ast_plugin.sharding import local_part
 
 _CODES = (torch.uint8, torch.int8)  # of 8-bit optimizers: zero is not the code of zero, and many share a scale
@@ -63,14 +64,16 @@ class FrozenInactive:
                     continue
                 part = local_part(parameter)
                 mask = masks[name].to(part.device)
-                part.copy_(torch.where(mask, part, before))
                 for key, value in _elementwise_state(parameter, optimizer).items():
                     old = self._states[name].get(key)
-                    if old is not None:
+                    if old is not None and value.is_floating_point() and old.dtype == value.dtype:
+                        put_back_outside_(value, old, mask)
+                    elif old is not None:
                         value.copy_(torch.where(mask, value, old))
                     elif not _near(value[~mask], value[~mask][:1]):
                         copied = _near(value[~mask], before[~mask].to(value.dtype))
                         value.copy_(torch.where(mask, value, before.to(value.dtype)) if copied else value * mask)
+                put_back_outside_(part, before, mask)
         self.forget()
 
     def forget(self) -> None:

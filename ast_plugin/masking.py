@@ -27,5 +27,22 @@ def zero_outside_(tensor: Tensor, mask: Tensor) -> Tensor:
     return tensor
 
 
+def put_back_outside_(tensor: Tensor, earlier: Tensor, mask: Tensor) -> Tensor:
+    """Give `tensor` its earlier values where `mask` is False, in place; more than twice as fast as ``torch.where``.
+
+    Args:
+        tensor: Any floating dtype but complex, any values, any memory layout. Changed in place.
+        earlier: Same shape, dtype and device; used up.
+        mask: Bool, same shape and device, True = kept as it is.
+
+    Returns:
+        `tensor`.
+    """
+    zero_outside_(earlier, ~mask)
+    zero_outside_(tensor, mask)
+    _bits(tensor).add_(_bits(earlier))  # where one has bits the other has none
+    return tensor
+
+
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().view(_INTEGERS[tensor.element_size()])

@@ -28,7 +28,7 @@ from ast_plugin.plans import build_plans
 from ast_plugin.plugins import PluginRegistry
 from ast_plugin.reference import GradientReference
 from ast_plugin.rewinding import RewindableActivation
-from ast_plugin.schedules import resolve_calendars
+from ast_plugin.schedules import MaskCalendar, resolve_calendars
 from ast_plugin.sharded_masks import ShardedMasks
 from ast_plugin.sharded_slots import LocalSlots, ShardedSlots
 from ast_plugin.sharding import Gathered, layout_of, reshard
@@ -39,6 +39,7 @@ from ast_plugin.training import AlternatingSparseTraining
 from ast_plugin.updates import MaskUpdater
 
 _HISTORY_POINTS = 50
+_NO_UPDATES = MaskCalendar(begin=0, end=1, interval=1, offset=0)
 
 
 class ASTOptions(TypedDict, total=False):
@@ -175,7 +176,8 @@ def _build(
 ) -> RunParts:
     specs = config.sub_nets
     names = tuple(spec.name for spec in specs)
-    calendars = resolve_calendars(config, len(specs))
+    # Where masks never change, a run needs no schedule, and so no total_steps.
+    calendars = resolve_calendars(config, len(specs)) if method.updates else (_NO_UPDATES,) * len(specs)
     patterns = {spec.name: registry.pattern(spec.pattern or config.pattern) for spec in specs}
     plans = build_plans(config, patterns, calendars)
     default = config.default_sub_net or min(plans, key=lambda plan: plan.target_sparsity).name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ast_plugin.masking import zero_outside_
+from ast_plugin.masking import put_back_outside_, zero_outside_
 
 TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
@@ -47,3 +47,21 @@ def test_memory_layout_is_kept() -> None:
     assert values.is_contiguous(memory_format=torch.channels_last)
     columns = torch.randn(4, 6).t()
     assert torch.equal(zero_outside_(columns.clone(), mask[0, 0, :1].expand(6, 4)), columns * mask[0, 0, :1])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_earlier_values_come_back_outside_the_mask_bit_for_bit(dtype: torch.dtype) -> None:
+    earlier, present = special(dtype), special(dtype).flip(0)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[earlier.element_size()]
+    for mask in (torch.zeros(8, dtype=torch.bool), torch.ones(8, dtype=torch.bool), torch.arange(8) % 3 == 0):
+        expected = torch.where(mask, present.view(bits), earlier.view(bits))
+        result = present.clone()
+        assert put_back_outside_(result, earlier.clone(), mask) is result
+        assert torch.equal(result.view(bits), expected)
+
+
+def test_earlier_values_come_back_whatever_the_layouts() -> None:
+    earlier, mask = torch.randn(2, 3, 4, 4), torch.rand(2, 3, 4, 4) < 0.5
+    present = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    expected = torch.where(mask, present, earlier)
+    assert torch.equal(put_back_outside_(present, earlier, mask), expected)

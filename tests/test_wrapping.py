@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import assert_same, conv_net, image_batch, mlp, sgd, snapshot, train, train_step, wrapped
+from networks import assert_same, conv_net, image_batch, mlp, sgd, snapshot, train, train_step, vector_batch, wrapped
 from torch import nn
 
 import ast_plugin
@@ -229,3 +229,13 @@ def test_a_forgotten_controller_goes_on_working_and_is_freed_with_its_model() ->
     gc.collect()
     assert freed() is None
     assert controller() is None
+
+
+def test_masks_that_never_change_need_no_total_steps() -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    ast = ast_plugin.wrap(optimizer, model, sparsities=(0.5, 0.8), method="static")
+    before = {name: ast.masks.of(name) for name in ast.sub_nets}
+    train(model, optimizer, range(4), vector_batch)
+    assert_same(before, {name: ast.masks.of(name) for name in ast.sub_nets})
+    assert ast.masks.sparsity("s80") == pytest.approx(0.8, abs=0.002)
