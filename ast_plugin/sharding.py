@@ -89,14 +89,17 @@ class Layout:
     placements: tuple[Any, ...]
 
     def part_of(self, whole: Tensor) -> Tensor:
-        """Return this rank's part of a tensor that every rank holds whole; copies only where it must."""
-        from torch.distributed.tensor import distribute_tensor
-
+        """Return this rank's part of a tensor that every rank holds whole: a copy, without communication."""
+        part = whole.detach()
         device = torch.device(self.mesh.device_type)
-        whole = whole.detach()
-        if whole.device.type != device.type:
-            whole = whole.to(device)
-        return local_part(distribute_tensor(whole, self.mesh, self.placements, src_data_rank=None))
+        if part.device.type != device.type:
+            part = part.to(device)
+        for axis, placement in enumerate(self.placements):
+            if placement.is_shard():
+                chunks = part.chunk(self.mesh.size(axis), dim=placement.dim)
+                rank = self.mesh.get_local_rank(axis)
+                part = chunks[rank] if rank < len(chunks) else part.narrow(placement.dim, 0, 0)
+        return part.clone(memory_format=torch.contiguous_format)
 
     def join(self, part: Tensor) -> Tensor:
         """Return the sharded tensor of which every rank gives its part."""

@@ -101,6 +101,7 @@ def train(
     *,
     parts: int = 1,
     no_sync: bool = True,
+    ahead: bool = False,
 ) -> None:
     for step in steps:
         optimizer.zero_grad()
@@ -109,6 +110,8 @@ def train(
         for index, (part, target) in enumerate(micro):
             if parts > 1 and no_sync:
                 model.set_requires_gradient_sync(index == len(micro) - 1)
+            if ahead:
+                model.unshard()
             (functional.cross_entropy(model(part), target) / parts).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
@@ -217,6 +220,15 @@ def batch_norm_equals_two_micro_batches(folder: Path) -> Iterator[None]:
         assert torch.equal(*outputs)
 
 
+def weights_gathered_ahead_of_the_forward_are_masked_too(folder: Path) -> Iterator[None]:
+    expected, expected_ast = single(mlp, vector_batch)
+    yield
+    model, optimizer, ast = start(mlp)
+    train(model, optimizer, range(STEPS), vector_batch, ahead=True)
+    same_masks(ast, expected_ast)
+    close(model, expected)
+
+
 def accumulation_with_and_without_synchronising_micro_batches(folder: Path) -> Iterator[None]:
     expected, expected_ast = single(mlp, vector_batch, method="rigl")
     yield
@@ -307,10 +319,14 @@ def a_distributed_checkpoint_resumes_bit_for_bit(folder: Path) -> Iterator[None]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.save({"app": App(model, optimizer), "ast": ast}, checkpoint_id=path)
+            references = {n: t.to_local().clone() for n, t in ast.state_dict()["reference_gradients"].items()}
+            assert any(bool(gradient.any()) for gradient in references.values())
             train(model, optimizer, range(stop, STEPS), image_batch)
             again, optimizer_again, ast_again = start(lambda: conv_net(9), optimizer=adamw)
             dcp.load({"app": App(again, optimizer_again), "ast": ast_again}, checkpoint_id=path)
         assert ast_again.step == stop
+        loaded = ast_again.state_dict()["reference_gradients"]
+        assert_same(references, {name: tensor.to_local() for name, tensor in loaded.items()})
         train(again, optimizer_again, range(stop, STEPS), image_batch)
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter.to_local(), again.get_parameter(name).to_local()), name
@@ -406,6 +422,7 @@ def all_ranks_save_one_elastic_file(folder: Path) -> Iterator[None]:
     before = {name: parameter.to_local().clone() for name, parameter in model.named_parameters()}
     with ast.sub_net("s90"):
         assert int(whole(model.conv2.weight).count_nonzero()) == ast.masks.kept("s90", "conv2.weight")
+        model.eval()(image_batch(0)[0])  # FSDP goes on showing what it gathered
     assert_same(before, {name: parameter.detach().to_local() for name, parameter in model.named_parameters()})
 
 
@@ -457,6 +474,7 @@ CHECKS = {
         a_mesh_of_replicas_and_shards,
         every_rank_holds_its_part_of_the_masks,
         batch_norm_equals_two_micro_batches,
+        weights_gathered_ahead_of_the_forward_are_masked_too,
         accumulation_with_and_without_synchronising_micro_batches,
         one_whole_sub_net_is_bit_identical_to_plain_fsdp,
         mixed_precision_masks_what_is_gathered,
