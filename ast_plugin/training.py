@@ -1,8 +1,8 @@
 """The controller of an alternating sparse training run: the order of events in a step.
 
 1. Forward in training mode: the scheduled sub-net is put on.
-2. Backward: gradients are masked as they accumulate; at a mask update the dense ones are kept aside.
-3. End of backward: the sub-net is taken off. At rest the model is dense.
+2. Backward: at a mask update the dense gradients are kept aside.
+3. End of backward: the sub-net is taken off, and the gradients are masked. At rest the model is dense.
 4. Before the optimizer steps: a due mask update, then the correction against the previous sub-net's gradient.
 5. The user's optimizer steps.
 6. After: inactive weights follow their rule, the next sub-net is scheduled.
@@ -13,36 +13,30 @@ Source: Yang, Meng, Seo, Fan: "Get More at Once: Alternating Sparse Training wit
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ast_plugin.attachment import Attachment
-from ast_plugin.checkpoint import Stateful, load_objects, save_objects
 from ast_plugin.describe import Description, describe
-from ast_plugin.distributed import average_over_ranks, is_first_rank, ranks
-from ast_plugin.elastic_file import write_elastic
-from ast_plugin.errors import ActivationError, ConfigError, WrapError, near_names
+from ast_plugin.distributed import average_over_ranks, ranks
+from ast_plugin.errors import ConfigError, WrapError, near_names
 from ast_plugin.events import RunEvents
 from ast_plugin.optimizer_modes import OptimizerModes
 from ast_plugin.parts import RunParts
 from ast_plugin.recalibration import Forward, recalibrate_each
-from ast_plugin.sharded_masks import ShardedMasks
 from ast_plugin.sharding import gathered
 from ast_plugin.step import TrainingStep
-from ast_plugin.training_exchange import with_fixed_entries, with_plain_entries
+from ast_plugin.training_files import SavedRun
 from ast_plugin.training_state import RunState
 from ast_plugin.twins import Twin
 
 _AVERAGED = ("running_mean", "running_var")
-_FAR_FROM_TARGET = 0.01  # in sparsity: more than patterns with large units leave over
 
 
-class AlternatingSparseTraining:
+class AlternatingSparseTraining(SavedRun):
     """One ordinary training run that yields several sparse sub-nets on shared weights.
 
     Made by `ast_plugin.wrap`; the training loop stays as it is. Everything here is safe to call between steps.
@@ -61,10 +55,9 @@ class AlternatingSparseTraining:
         self.config = parts.config
         self.masks = parts.masks
         self.metrics: dict[str, dict[str, float]] = {name: {} for name in parts.names}
-        self._parts = parts
-        self._step = TrainingStep(parts, self)
-        self._state = RunState(parts, self._step, self.metrics)
-        self._events = RunEvents(parts, self._step, self._state)
+        step = TrainingStep(parts, self)
+        state = RunState(parts, step, self.metrics)
+        super().__init__(parts, step, state, RunEvents(parts, step, state))
         self._modes = OptimizerModes(parts, self._events.at_rest)
         self._attachment: Attachment | None = None
 
@@ -237,123 +230,6 @@ class AlternatingSparseTraining:
                 average_over_ranks(statistics, like=dict(statistics), model=self.model)
                 self._parts.normalization.load(name, {**state, **statistics})
 
-    def state_dict(self, *, full: bool = False) -> dict[str, Any]:
-        """Return the state of the run as tensors and plain containers, readable with ``weights_only=True``.
-
-        It travels in ``optimizer.state_dict()`` by itself; call this to keep it elsewhere, or hand the controller to
-        what calls it: `torch.distributed.checkpoint`, Accelerate's ``register_for_checkpointing``. Where parameters are
-        sharded, this is a collective, and masks and reference gradient are DTensors.
-
-        Args:
-            full: Whether to gather DTensors, so that the state can be loaded where nothing is sharded.
-        """
-        with self._events.at_rest():
-            if full:
-                return with_fixed_entries(self._state.collect(whole=True))
-            return with_fixed_entries(self._state.collect(), self._parts.sharded_gradients)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned. Model and optimizer bring their own state back themselves.
-
-        What an optimizer's state dict holds under ``ast_plugin`` is taken as well.
-
-        Raises:
-            StateError: If the state belongs to other sub-nets or parameters; nothing has been changed then.
-            ActivationError: If a sub-net is on, inside ``with sub_net(...)``.
-        """
-        self._events.before_load()
-        self._state.restore(with_plain_entries(state))
-
-    def save(self, path: str | Path, *, report: Mapping[str, Any] | None = None, twin: Twin | None = None) -> None:
-        """Write all sub-nets into one elastic file, readable by `ast_plugin.load` and by any safetensors reader.
-
-        Call it on one rank; where parameters are sharded, on all: they are gathered, and the first rank writes.
-
-        Args:
-            path: The file; an older one is replaced only when the new one is complete.
-            report: A report as plain containers to keep in the file's header.
-            twin: What `twin` returned: its weights and BatchNorm are written instead of the model's, without `metrics`,
-                which were measured on the model.
-
-        Raises:
-            SaveError: If the file cannot be written; an older file is still there then.
-
-        Warns:
-            UserWarning: If a sub-net is far from its target, because its mask schedule has not ended.
-        """
-        for name, plan in self._parts.updater.plans.items():
-            if abs(plan.target_sparsity - self.masks.sparsity(name)) > _FAR_FROM_TARGET:
-                warnings.warn(
-                    f"sub-net {name!r} is saved with sparsity {self.masks.sparsity(name):.3f}; its target is "
-                    f"{plan.target_sparsity:.3f}, which the masks reach at step {plan.calendar.end} (now {self.step})"
-                    + ("; call finish() when the run is over" if self.step >= plan.calendar.end else ""),
-                    stacklevel=2,
-                )
-        header: dict[str, Any] = {
-            "config": self.config.to_dict(),
-            "default_sub_net": self.default_sub_net,
-            "sub_nets": [
-                {"name": plan.name, "target_sparsity": plan.target_sparsity, "pattern": plan.pattern.name}
-                for plan in self._parts.updater.plans.values()
-            ],
-            "metrics": self.metrics if twin is None else {},
-            "statistics": self.statistics(),
-            "history": self.history,
-            "step": self.step,
-        }
-        if report is not None:
-            header["report"] = dict(report)
-        with self._events.at_rest():
-            state = self._parts.bare.state_dict() if twin is None else twin.dense_state()
-            masks, private = self.masks, {name: (twin or self).private_state(name) for name in self.sub_nets}
-            if isinstance(masks, ShardedMasks):
-                state, private, masks = gathered(state), gathered(private), masks.gathered()
-            if masks is self.masks or is_first_rank(self.model):
-                write_elastic(Path(path), state=state, masks=masks, private=private, header=header)
-
-    def save_checkpoint(self, path: str | Path, *, random_state: bool = True, **extra: Any) -> None:
-        """Write everything that goes on from here: model, optimizer with the state of the run, and what else is given.
-
-        The file takes the place of an older one only when it is complete; a process that is killed leaves one or the
-        other. ``torch.load(path, weights_only=True)`` reads it too. Call it between two steps, and on one rank only.
-
-        Args:
-            path: The file.
-            random_state: Whether to save the global random generators of Python, NumPy and torch as well. In a run of
-                several processes, each of which has its own, they are left out.
-            **extra: By name, objects with ``state_dict()`` and ``load_state_dict()`` such as schedulers and gradient
-                scalers, and values: tensors, numbers, strings and containers of them.
-
-        Raises:
-            ConfigError: If something cannot be loaded with ``weights_only=True``, or a name is taken.
-            ActivationError: If a sub-net is on, inside ``with sub_net(...)``.
-            SaveError: If the file cannot be written; an older file is still there then.
-        """
-        self._refuse_in_block("save_checkpoint()")
-        self._step.settle()
-        save_objects(path, self._checkpointed(), extra, random_state=random_state and ranks() == 1)
-
-    def load_checkpoint(self, path: str | Path, *, random_state: bool = True, **objects: Stateful) -> dict[str, Any]:
-        """Go on from what `save_checkpoint` wrote.
-
-        Everything is loaded or nothing: after an error all objects are as they were.
-
-        Args:
-            path: The file.
-            random_state: Whether to restore the global random generators, where the file has them.
-            **objects: The objects that were saved beside model and optimizer, under the same names.
-
-        Returns:
-            The values that were saved, by name.
-
-        Raises:
-            StateError: If the file is missing or damaged, holds other objects, or does not fit this run.
-            ConfigError: If a name is taken, or something given cannot load a state.
-            ActivationError: If a sub-net is on, inside ``with sub_net(...)``.
-        """
-        self._refuse_in_block("load_checkpoint()")
-        return load_objects(path, self._checkpointed(), objects, random_state=random_state)
-
     def finish(self) -> None:
         """Say that the run is over, where it was given no `total_steps` that tells.
 
@@ -397,17 +273,3 @@ class AlternatingSparseTraining:
     def _check_name(self, name: str) -> None:
         if name not in self.sub_nets:
             raise ConfigError(f"there is no sub-net {name!r}: {near_names(str(name), self.sub_nets)}")
-
-    def _refuse_in_block(self, call: str) -> None:
-        if self._events.chosen:
-            raise ActivationError(
-                f"{call} was called inside `with sub_net({self._events.chosen!r})`; leave the block first"
-            )
-
-    def _checkpointed(self) -> dict[str, Any]:
-        if self._parts.sharded:
-            raise ConfigError(
-                "save_checkpoint() and load_checkpoint() know one file, and every rank holds a part of this model; use "
-                'torch.distributed.checkpoint: dcp.save({"app": ..., "ast": ast}, checkpoint_id=...)'
-            )
-        return {"model": self._parts.bare, "optimizer": self.optimizer}

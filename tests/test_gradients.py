@@ -322,6 +322,20 @@ def test_a_skipped_step_leaves_nothing_in_the_dense_gradient() -> None:
     assert gradients.dense()["0.weight"].tolist() == ONE
 
 
+def test_an_assigned_gradient_begins_a_new_dense_one_whatever_its_counter_tells() -> None:
+    weight, gradients, _ = setting()
+    gradients.begin("b", capture=True)
+    backward(weight, [[9.0, 9.0], [9.0, 9.0]])
+    assigned = torch.zeros(2, 2)
+    while assigned._version < weight.grad._version:
+        assigned.mul_(1)
+    weight.grad = assigned
+    gradients.begin("b", capture=True)
+    backward(weight, ONE)
+    assert weight.grad is assigned
+    assert gradients.dense()["0.weight"].tolist() == ONE
+
+
 def test_a_gradient_zeroed_in_place_leaves_nothing_in_the_dense_gradient() -> None:
     weight, gradients, _ = setting()
     gradients.begin("b", capture=True)
