@@ -141,7 +141,7 @@ def test_the_random_state_can_be_left_out_and_left_alone(tmp_path: Path) -> None
 
 def test_a_run_of_several_processes_keeps_its_random_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, ast = wrapped()
-    monkeypatch.setattr("ast_plugin.training.ranks", lambda: 2)
+    monkeypatch.setattr("ast_plugin.training_files.ranks", lambda: 2)
     ast.save_checkpoint(tmp_path / "checkpoint.pt")
     assert "random_state" not in read_checkpoint(tmp_path / "checkpoint.pt")[0]
 
