@@ -17,7 +17,7 @@ from networks import adamw, assert_same, conv_net, image_batch, mlp, sgd, vector
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional
 
@@ -111,7 +111,9 @@ def train(
             if parts > 1 and no_sync:
                 model.set_requires_gradient_sync(index == len(micro) - 1)
             if ahead:
-                model.unshard()
+                for module in model.modules():
+                    if isinstance(module, FSDPModule):
+                        module.unshard()
             (functional.cross_entropy(model(part), target) / parts).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
