@@ -122,13 +122,18 @@ def _reference_seconds(task: str, results: Results, steps: int | None) -> float 
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float], decimals: int = 2) -> str:
-    """Return the mean of paired differences with its standard error, starred if a t test at 5 % tells it from zero."""
+    """Return the mean of paired differences with its standard error.
+
+    It is starred if there are three or more, and a t test at 5 % tells their mean from zero.
+    """
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean = statistics.mean(differences)
     if len(differences) < 2:
         return f"{mean:+.{decimals}f}"
     error = statistics.stdev(differences) / len(differences) ** 0.5
-    clear = abs(mean) > (_T[len(differences) - 2] if len(differences) - 2 < len(_T) else 1.96) * error
+    # Two differences may happen to be all but equal: they prove nothing.
+    freedom = len(differences) - 1
+    clear = freedom > 1 and abs(mean) > (_T[freedom - 1] if freedom <= len(_T) else 1.96) * error
     return f"{mean:+.{decimals}f} ± {error:.{decimals}f}{'*' if clear else ''}"
 
 

@@ -118,9 +118,7 @@ _LIST = (
     Row(name=DENSE, table="baselines", changes={"sparsities": (0.0,), **_options(method="static")}, text="dense"),
     Row(name="goal-alternating", table="goal", reference=SEPARATE, text="one alternating run"),
     Row(name="goal-2x", table="goal", reference=SEPARATE, share=2.0, text="one alternating run of twice the steps"),
-    Row(
-        name="goal-3x", table="goal", reference=SEPARATE, share=3.0, text="one alternating run of three times as many"
-    ),
+    Row(name="goal-3x", table="goal", reference=SEPARATE, share=3.0, text="one alternating run of three times as many"),
     Row(name="goal-joint", table="goal", reference=SEPARATE, changes={"joint": True}, text="joint training"),
     Row(
         name="goal-late-decay",

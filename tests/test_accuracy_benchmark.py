@@ -110,6 +110,8 @@ def test_paired_differences_have_their_standard_error_and_a_star_where_it_is_cle
     # Differences 2, 2.1, 2.2: error .1 / sqrt(3) = .0577, t = 36.
     assert accuracy.difference([2.0, 2.1, 2.2], [0.0, 0.0, 0.0]) == "+2.10 ± 0.06*"
     assert accuracy.difference([1.0], [2.0]) == "-1.00"
+    # Two equal differences are chance.
+    assert accuracy.difference([1.0, 2.0], [2.0, 3.0]) == "-1.00 ± 0.00"
 
 
 def entry(settings: accuracy_runs.Settings, seconds: float, **figures: float) -> dict[str, Any]:
@@ -143,7 +145,7 @@ def test_tables_give_spread_or_paired_difference_and_cost(monkeypatch: pytest.Mo
     )
     # s50: differences 1 and 2, error .5, t = 3 below 12.7. A row without runs is left out.
     assert accuracy.table("toy", "settings", [0, 1], results).rows == (
-        ("off", "-1.00 ± 0.00*", "+1.50 ± 0.50", "+0.00 ± 0.00", "1.00", "0.90", "2"),
+        ("off", "-1.00 ± 0.00", "+1.50 ± 0.50", "+0.00 ± 0.00", "1.00", "0.90", "2"),
     )
 
 
