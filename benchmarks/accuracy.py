@@ -186,8 +186,8 @@ def _figure(found: Outcome | None, sub_net: str, measure: str) -> float | None:
 
 
 def _spread(values: Sequence[float], decimals: int) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{decimals}f} ± {deviation:.{decimals}f}"
+    mean = f"{statistics.mean(values):.{decimals}f}"
+    return f"{mean} ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else mean
 
 
 def markdown(found: TextTable) -> str:
