@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from accuracy_rows import ALTERNATING, DENSE, ROWS, TABLES, Row
-from accuracy_runs import Settings, run
+from accuracy_runs import FINAL, Settings, run
 from accuracy_tasks import TASKS
 from ast_plugin.files import atomic_write_text
 from ast_plugin.report_text import TextTable, plain_table
@@ -223,7 +223,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = range(args.seeds)
     # Row by row, so that with every row finished one comparison more is complete.
     wanted = [
-        s for row in rows for task in args.task if task in row.tasks for seed in seeds for s in row.runs(task, seed)
+        settings
+        for row in rows
+        for task in args.task
+        if task in row.tasks
+        for seed in seeds
+        for settings in row.runs(task, seed, steps=args.steps)
     ]
     if not args.no_runs:
         done = read(args.output)
@@ -244,18 +249,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_all(missing: Sequence[Settings], processes: int, output: Path) -> None:
+    for number, result in enumerate(_results(missing, processes), start=1):
+        store(output, result)
+        settings = result["settings"]
+        measure = next(iter(TASKS[settings["task"]].measures))
+        shown = "  ".join(f"{name} {values[measure]:.3f}" for name, values in result["figures"][FINAL].items())
+        print(
+            f"[{number}/{len(missing)}] {settings['task']}, seed {settings['seed']}: {shown} "
+            f"({result['seconds']:.0f} s)",
+            flush=True,
+        )
+
+
+def _results(missing: Sequence[Settings], processes: int) -> Iterator[dict[str, Any]]:
+    """Yield what the runs come to as they end."""
+    if processes == 1:
+        yield from map(run, missing)
+        return
     # spawn: a forked process would inherit torch's threads in a state that it cannot use. Ctrl-C is for this process.
     context = multiprocessing.get_context("spawn")
     with context.Pool(processes, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        for number, result in enumerate(pool.imap_unordered(run, missing), start=1):
-            store(output, result)
-            settings, measure = result["settings"], next(iter(TASKS[result["settings"]["task"]].measures))
-            shown = "  ".join(f"{name} {values[measure]:.3f}" for name, values in result["figures"]["final"].items())
-            print(
-                f"[{number}/{len(missing)}] {settings['task']}, seed {settings['seed']}: {shown} "
-                f"({result['seconds']:.0f} s)",
-                flush=True,
-            )
+        yield from pool.imap_unordered(run, missing)
 
 
 if __name__ == "__main__":
