@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from accuracy_rows import ALTERNATING, DENSE, ROWS, TABLES, Row
-from accuracy_runs import Settings, run
+from accuracy_runs import FINAL, Settings, run
 from accuracy_tasks import TASKS
 from ast_plugin.files import atomic_write_text
 from ast_plugin.report_text import TextTable, plain_table
@@ -122,13 +122,18 @@ def _reference_seconds(task: str, results: Results, steps: int | None) -> float 
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float], decimals: int = 2) -> str:
-    """Return the mean of paired differences with its standard error, starred if a t test at 5 % tells it from zero."""
+    """Return the mean of paired differences with its standard error.
+
+    It is starred if there are three or more, and a t test at 5 % tells their mean from zero.
+    """
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean = statistics.mean(differences)
     if len(differences) < 2:
         return f"{mean:+.{decimals}f}"
     error = statistics.stdev(differences) / len(differences) ** 0.5
-    clear = abs(mean) > (_T[len(differences) - 2] if len(differences) - 2 < len(_T) else 1.96) * error
+    # Two differences may happen to be all but equal: they prove nothing.
+    freedom = len(differences) - 1
+    clear = freedom > 1 and abs(mean) > (_T[freedom - 1] if freedom <= len(_T) else 1.96) * error
     return f"{mean:+.{decimals}f} ± {error:.{decimals}f}{'*' if clear else ''}"
 
 
@@ -181,8 +186,8 @@ def _figure(found: Outcome | None, sub_net: str, measure: str) -> float | None:
 
 
 def _spread(values: Sequence[float], decimals: int) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{decimals}f} ± {deviation:.{decimals}f}"
+    mean = f"{statistics.mean(values):.{decimals}f}"
+    return f"{mean} ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else mean
 
 
 def markdown(found: TextTable) -> str:
@@ -218,7 +223,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = range(args.seeds)
     # Row by row, so that with every row finished one comparison more is complete.
     wanted = [
-        s for row in rows for task in args.task if task in row.tasks for seed in seeds for s in row.runs(task, seed)
+        settings
+        for row in rows
+        for task in args.task
+        if task in row.tasks
+        for seed in seeds
+        for settings in row.runs(task, seed, steps=args.steps)
     ]
     if not args.no_runs:
         done = read(args.output)
@@ -239,18 +249,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_all(missing: Sequence[Settings], processes: int, output: Path) -> None:
+    for number, result in enumerate(_results(missing, processes), start=1):
+        store(output, result)
+        settings = result["settings"]
+        measure = next(iter(TASKS[settings["task"]].measures))
+        shown = "  ".join(f"{name} {values[measure]:.3f}" for name, values in result["figures"][FINAL].items())
+        print(
+            f"[{number}/{len(missing)}] {settings['task']}, seed {settings['seed']}: {shown} "
+            f"({result['seconds']:.0f} s)",
+            flush=True,
+        )
+
+
+def _results(missing: Sequence[Settings], processes: int) -> Iterator[dict[str, Any]]:
+    """Yield what the runs come to as they end."""
+    if processes == 1:
+        yield from map(run, missing)
+        return
     # spawn: a forked process would inherit torch's threads in a state that it cannot use. Ctrl-C is for this process.
     context = multiprocessing.get_context("spawn")
     with context.Pool(processes, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        for number, result in enumerate(pool.imap_unordered(run, missing), start=1):
-            store(output, result)
-            settings, measure = result["settings"], next(iter(TASKS[result["settings"]["task"]].measures))
-            shown = "  ".join(f"{name} {values[measure]:.3f}" for name, values in result["figures"]["final"].items())
-            print(
-                f"[{number}/{len(missing)}] {settings['task']}, seed {settings['seed']}: {shown} "
-                f"({result['seconds']:.0f} s)",
-                flush=True,
-            )
+        yield from pool.imap_unordered(run, missing)
 
 
 if __name__ == "__main__":

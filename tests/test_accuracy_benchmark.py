@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, ClassVar
@@ -110,6 +108,8 @@ def test_paired_differences_have_their_standard_error_and_a_star_where_it_is_cle
     # Differences 2, 2.1, 2.2: error .1 / sqrt(3) = .0577, t = 36.
     assert accuracy.difference([2.0, 2.1, 2.2], [0.0, 0.0, 0.0]) == "+2.10 ± 0.06*"
     assert accuracy.difference([1.0], [2.0]) == "-1.00"
+    # Two equal differences are chance.
+    assert accuracy.difference([1.0, 2.0], [2.0, 3.0]) == "-1.00 ± 0.00"
 
 
 def entry(settings: accuracy_runs.Settings, seconds: float, **figures: float) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def test_tables_give_spread_or_paired_difference_and_cost(monkeypatch: pytest.Mo
     )
     # s50: differences 1 and 2, error .5, t = 3 below 12.7. A row without runs is left out.
     assert accuracy.table("toy", "settings", [0, 1], results).rows == (
-        ("off", "-1.00 ± 0.00*", "+1.50 ± 0.50", "+0.00 ± 0.00", "1.00", "0.90", "2"),
+        ("off", "-1.00 ± 0.00", "+1.50 ± 0.50", "+0.00 ± 0.00", "1.00", "0.90", "2"),
     )
 
 
@@ -256,7 +256,7 @@ def test_only_what_stands_between_the_markers_of_a_page_is_renewed(
         "",
         "|  | s25 | s50 | s75 | passes | time | seeds |",
         "| --- | --- | --- | --- | --- | --- | --- |",
-        "| alternating | 90.00 ± 0.00 | 80.00 ± 0.00 | 70.00 ± 0.00 | 1.00 | 1.00 | 1 |",
+        "| alternating | 90.00 | 80.00 | 70.00 | 1.00 | 1.00 | 1 |",
         "",
         "<!-- end of table -->",
         "after",
@@ -304,23 +304,33 @@ def test_a_batch_of_bytes_has_the_next_byte_as_target_and_depends_on_seed_and_st
     assert not torch.equal(task.batch(3, seed=2)[0], inputs)
 
 
-@pytest.mark.extra("demo")
-@pytest.mark.slow
-def test_runs_on_file_are_not_repeated(tmp_path: Path) -> None:
+def test_runs_on_file_are_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = row(
+        name=accuracy_rows.DENSE,
+        text="dense",
+        table="baselines",
+        changes={"sparsities": (0.0,), "options": {"method": "static"}},
+    )
+    base = row(name=accuracy_rows.ALTERNATING, text="alternating", table="baselines")
+    monkeypatch.setattr(accuracy, "ROWS", {r.name: r for r in (base, dense)})
+    monkeypatch.setattr(accuracy, "TASKS", {"toy": Toy})
     output = tmp_path / "accuracy.json"
-    command = [sys.executable, str(BENCHMARKS / "accuracy.py"), "--task", "digits", "--steps", "40", "--seeds", "1"]
+    command = ["--steps", "40", "--seeds", "1", "--output", str(output), "--rows"]
 
     def run(*rows: str) -> str:
-        options = ["--output", str(output), "--rows", *rows]
-        return subprocess.run([*command, *options], capture_output=True, text=True, check=True).stdout
+        assert accuracy.main([*command, *rows]) == 0
+        return capsys.readouterr().out
 
-    assert "[1/1] digits, seed 0: s0 " in run("dense")
+    assert "[1/1] toy, seed 0: s0 " in run("dense")
     second = run("dense", "alternating")
-    assert "[1/1] digits, seed 0: s90 " in second
-    assert "\ndense " in second
-    found = json.loads(output.read_text(encoding="utf-8"))
-    assert sorted(len(entry["settings"]["sparsities"]) for entry in found) == [1, 3]
-    assert all(entry["settings"]["steps"] == 40 for entry in found)
+    assert "[1/1] toy, seed 0: s25 " in second
+    assert "\ndense  " in second
+    assert "\nalternating  " in second
+    assert "[1/" not in run("dense", "alternating")
+    assert sorted(len(e["settings"]["sparsities"]) for e in accuracy.read(output).values()) == [1, 3]
+    assert all(e["settings"]["steps"] == 40 for e in accuracy.read(output).values())
 
 
 def test_a_mean_reference_takes_away_what_opposes_it_and_averages_what_came() -> None:
