@@ -326,6 +326,7 @@ def test_an_assigned_gradient_begins_a_new_dense_one_whatever_its_counter_tells(
     weight, gradients, _ = setting()
     gradients.begin("b", capture=True)
     backward(weight, [[9.0, 9.0], [9.0, 9.0]])
+    gradients.mask("b")
     assigned = torch.zeros(2, 2)
     while assigned._version < weight.grad._version:
         assigned.mul_(1)

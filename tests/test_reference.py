@@ -593,6 +593,23 @@ def test_a_reference_saved_after_its_masks_changed_is_for_the_new_ones(density: 
     assert_equal(other.compared("few"), restricted(setting, taken, "few"))
 
 
+@pytest.mark.usefixtures("arrangement")
+@pytest.mark.parametrize("coming", ["few", "half", None])
+def test_a_restricted_reference_can_be_saved_whole(coming: str | None) -> None:
+    setting = Setting(lay=channels_last)
+    earlier = setting.backward("all")
+    setting.reference.take("all", coming)
+    state = setting.reference.state_dict(whole=True)
+    assert (state["sub_net"], state["coming"]) == ("all", None)
+    assert_equal(state["gradients"], restricted(setting, earlier, coming) if coming else earlier)
+    other = twin(setting)
+    other.reference.load_state_dict(state)
+    now = coming or "few"
+    assert other.reference.serves(now)
+    other.backward(now)
+    assert_equal(other.compared(now), restricted(setting, earlier, now))
+
+
 def test_loading_replaces_what_was_remembered() -> None:
     setting = Setting()
     empty = setting.reference.state_dict()
