@@ -51,6 +51,9 @@ class TrainingEvents(Protocol):
     def before_state_access(self) -> None:
         """A state dict of the model or optimizer is about to be read."""
 
+    def after_state_access(self) -> None:
+        """A state dict of the model has been read."""
+
     def before_load(self) -> None:
         """A state dict of the model is about to be loaded."""
 
@@ -90,6 +93,7 @@ class Attachment:
         for module in {model, bare}:
             self._handles += [
                 module.register_state_dict_pre_hook(hook(self._before_state_access)),
+                module.register_state_dict_post_hook(hook(self._after_state_access)),
                 module.register_load_state_dict_pre_hook(hook(self._before_load)),
             ]
         self._stateful = (model, bare)
@@ -118,6 +122,10 @@ class Attachment:
     def _before_state_access(self, module: nn.Module, *_: Any) -> None:
         if module in self._stateful:
             self._events.before_state_access()
+
+    def _after_state_access(self, module: nn.Module, *_: Any) -> None:
+        if module in self._stateful:
+            self._events.after_state_access()
 
     def _before_load(self, module: nn.Module, *_: Any) -> None:
         if module in self._stateful:

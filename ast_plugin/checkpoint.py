@@ -12,7 +12,6 @@ import copy
 import io
 import os
 import pickle
-import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +23,9 @@ from torch import Tensor
 from ast_plugin.errors import ASTError, ConfigError, StateError
 from ast_plugin.files import atomic_write, file_path
 from ast_plugin.random_state import RandomState
+from ast_plugin.sharding import is_sharded
 
+_FOLDER = 0x10  # among the attributes of an archive's entry
 FORMAT = "ast_plugin.checkpoint"
 VERSION = 1
 
@@ -118,7 +119,7 @@ def write_checkpoint(path: str | os.PathLike[str], entries: Mapping[str, Any]) -
     states = {name: entry.state_dict() for name, entry in entries.items() if isinstance(entry, Stateful)}
     values = {name: entry for name, entry in entries.items() if name not in states}
     for name, entry in {**states, **values}.items():
-        if _any_tensor(entry, _is_part):
+        if _any_tensor(entry, is_sharded):
             raise ConfigError(
                 f"{name!r} holds tensors of which this process has a part only; save sharded models with "
                 "torch.distributed.checkpoint"
@@ -237,8 +238,9 @@ def _save(contents: Any, target: Path | BinaryIO) -> None:
 def _check_sums(name: str, file: BinaryIO) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
-            # No other program splits archives over disks; torch would read the wrong bytes without a word.
-            bad = next((entry.filename for entry in archive.infolist() if entry.volume), None) or archive.testzip()
+            # Nobody splits checkpoints over disks or has folders in them; torch would read other bytes without a word.
+            odd = (entry.filename for entry in archive.infolist() if entry.volume or entry.external_attr & _FOLDER)
+            bad = next(odd, None) or archive.testzip()
     except OSError:
         raise
     except (*_UNREADABLE, NotImplementedError) as error:
@@ -287,8 +289,3 @@ def _any_tensor(value: Any, condition: Callable[[Tensor], bool]) -> bool:
     if isinstance(value, Mapping):
         return any(_any_tensor(item, condition) for item in value.values())
     return isinstance(value, (list, tuple)) and any(_any_tensor(item, condition) for item in value)
-
-
-def _is_part(tensor: Tensor) -> bool:
-    sharding = sys.modules.get("torch.distributed.tensor")  # imported by whoever made such a tensor
-    return sharding is not None and isinstance(tensor, sharding.DTensor)

@@ -53,12 +53,12 @@ class RunEvents:
     @contextlib.contextmanager
     def at_rest(self) -> Iterator[None]:
         """Have the model dense with the default's BatchNorm state for a moment, also inside `choose`."""
-        self._step.settle()
-        try:
-            yield
-        finally:
-            if self._chosen:
-                self._put_chosen_on()
+        with self._step.at_rest():
+            try:
+                yield
+            finally:
+                if self._chosen:
+                    self._put_chosen_on()
 
     def before_forward(self) -> None:
         """Put on the scheduled sub-net in training, the default one otherwise, unless one was chosen."""
@@ -133,7 +133,12 @@ class RunEvents:
     def before_state_access(self) -> None:
         """Make the model dense, unless the user chose a sub-net to look at."""
         if not self._chosen:
-            self._step.settle()
+            self._step.rest()
+
+    def after_state_access(self) -> None:
+        """Let a step in progress go on."""
+        if not self._chosen:
+            self._step.go_on()
 
     def before_load(self) -> None:
         """Make the model dense; inside a block, what is loaded would be lost at its end."""

@@ -8,7 +8,7 @@ The loop of a run, with every hook where it is called::
 
     for batch in loader:
         loss = criterion(model(inputs), targets)        # before the forward pass the scheduled sub-net is put on
-        loss.backward()                                 # gradients are masked as they arrive; then it is taken off
+        loss.backward()                                 # at its end it is taken off, and the gradients are masked
         optimizer.step()
             if the sub-net's mask update is due:
                 drop, grow, mask the gradient anew

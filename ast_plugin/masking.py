@@ -32,16 +32,15 @@ def put_back_outside_(tensor: Tensor, earlier: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         tensor: Any floating dtype but complex, any values, any memory layout. Changed in place.
-        earlier: Same shape, dtype and device; used up.
+        earlier: Same shape, dtype and device; becomes the result, so that the call may be repeated.
         mask: Bool, same shape and device, True = kept as it is.
 
     Returns:
         `tensor`.
     """
     zero_outside_(earlier, ~mask)
-    zero_outside_(tensor, mask)
-    _bits(tensor).add_(_bits(earlier))  # where one has bits the other has none
-    return tensor
+    _bits(earlier).add_(_bits(tensor) * mask.view(torch.uint8))  # where one has bits the other has none
+    return tensor.copy_(earlier)  # in one piece, so that an interrupt leaves nothing half done
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ implementation of the method, so the stem's and the shortcuts' are private too.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ class PrivateNormalization:
         self.default = default
         self.carried = default
         self.handed_over: str | None = None
+        self._arriving: _Arrival | None = None
         parameters: dict[str, _Place] = {}
         buffers: dict[str, _Place] = {}
         if enabled and len(sub_nets) > 1:
@@ -108,13 +110,17 @@ class PrivateNormalization:
 
     def carry(self, sub_net: str) -> None:
         """Put the state of `sub_net` into the model, and the one found there into its bank."""
-        if sub_net != self.carried and self.names:
-            self._exchange(self.tensors(), leaving=self.carried, coming=sub_net)
-        self.carried = sub_net
+        self._finish()
+        if sub_net == self.carried or not self.names:
+            self.carried = sub_net
+            return
+        self._leave(self.carried, self.tensors())
+        self._arriving = _Arrival(sub_net, None, handed_over=None, carried=sub_net)
+        self._finish()
 
-    def _exchange(self, tensors: list[Tensor], *, leaving: str, coming: str) -> None:
-        """Copy the model's first tensors into one bank, and those of another one into the model."""
-        bank, count = self._banks[leaving], len(tensors)
+    def _leave(self, sub_net: str, tensors: list[Tensor]) -> None:
+        """Copy the model's first tensors into a bank; may be repeated."""
+        bank, count = self._banks[sub_net], len(tensors)
         with torch.inference_mode(False), torch.no_grad():
             if not bank:
                 bank += [torch.empty_like(tensor, requires_grad=False) for tensor in self.tensors()]
@@ -122,7 +128,35 @@ class PrivateNormalization:
                 bank[:count] = [torch.empty_like(tensor, requires_grad=False) for tensor in tensors]
             # A call for each of hundreds of tiny tensors would take longer than the copying.
             torch._foreach_copy_(bank[:count], tensors)
-            torch._foreach_copy_(tensors, self._banks[coming][:count])
+
+    def _finish(self) -> None:
+        """Bring in what is on its way; again from the start where an interrupt had cut it off.
+
+        Nothing that is read here is written to, so that it may be repeated, and it is repeated before anything else
+        is done. Otherwise one sub-net's state would end in another one's bank.
+        """
+        arriving = self._arriving
+        if arriving is None:
+            return
+        tensors = self.tensors() if arriving.optimizer is None else self._present_parameters()
+        with torch.inference_mode(False), torch.no_grad():
+            torch._foreach_copy_(tensors, self._banks[arriving.sub_net][: len(tensors)])
+        if arriving.optimizer is not None:
+            self._bring_in_state(arriving.optimizer, arriving.sub_net)
+        self.carried, self.handed_over = arriving.carried, arriving.handed_over
+        self._arriving = None
+
+    def _bring_in_state(self, optimizer: torch.optim.Optimizer, sub_net: str) -> None:
+        entries = self._optimizer_states[sub_net]
+        fused = any(group.get("fused") for group in optimizer.param_groups)
+        for name, parameter in zip(self.parameter_names, self._owners(), strict=True):
+            entry = entries.get(name)
+            if entry is None and fused:
+                entry = self._fresh_entry(name)
+            if entry is not None:
+                optimizer.state[parameter] = entry
+            else:
+                optimizer.state.pop(parameter, None)
 
     def state(self, sub_net: str) -> dict[str, Tensor]:
         """Return copies of the private tensors of `sub_net` by state-dict name, in the model's present dtypes.
@@ -159,31 +193,27 @@ class PrivateNormalization:
             optimizer: The optimizer; state entries are exchanged by reference, and may be missing.
             sub_net: Whose parameters.
         """
-        self._swap_parameters(optimizer, leaving=self.carried, coming=sub_net)
-        self.handed_over = sub_net
+        self._finish()
+        if self.handed_over is None:
+            self._swap_parameters(optimizer, leaving=self.carried, coming=sub_net, handed_over=sub_net)
 
     def take_back(self, optimizer: torch.optim.Optimizer) -> None:
         """Undo `hand_over`, keeping what the optimizer changed; does nothing when nothing is handed over."""
+        self._finish()
         if self.handed_over is not None:
-            self._swap_parameters(optimizer, leaving=self.handed_over, coming=self.carried)
-            self.handed_over = None
+            self._swap_parameters(optimizer, leaving=self.handed_over, coming=self.carried, handed_over=None)
 
-    def _swap_parameters(self, optimizer: torch.optim.Optimizer, *, leaving: str, coming: str) -> None:
+    def _swap_parameters(
+        self, optimizer: torch.optim.Optimizer, *, leaving: str, coming: str, handed_over: str | None
+    ) -> None:
         if leaving == coming or not self._parameters:
+            self.handed_over = handed_over
             return
-        self._exchange(self._present_parameters(), leaving=leaving, coming=coming)
-        out, into = self._optimizer_states[leaving], self._optimizer_states[coming]
-        fused = any(group.get("fused") for group in optimizer.param_groups)
-        for name, parameter in zip(self.parameter_names, self._owners(), strict=True):
-            if parameter in optimizer.state:
-                out[name] = optimizer.state.pop(parameter)
-            else:
-                out.pop(name, None)
-            entry = into.pop(name, None)
-            if entry is None and fused:
-                entry = self._fresh_entry(name)
-            if entry is not None:
-                optimizer.state[parameter] = entry
+        self._leave(leaving, self._present_parameters())
+        named = zip(self.parameter_names, self._owners(), strict=True)
+        self._optimizer_states[leaving] = {n: optimizer.state[p] for n, p in named if p in optimizer.state}
+        self._arriving = _Arrival(coming, optimizer, handed_over=handed_over, carried=self.carried)
+        self._finish()
 
     def _fresh_entry(self, name: str) -> Any:
         """Return zeroed optimizer state in the form that other sub-nets have, None if none has any.
@@ -227,6 +257,23 @@ class PrivateNormalization:
             else value
             for key, value in entry.items()
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arrival:
+    """A state on its way into the model.
+
+    Attributes:
+        sub_net: Whose state.
+        optimizer: Where its optimizer state belongs; None where only the tensors come, statistics among them.
+        handed_over: What is handed over to the optimizer once it is there.
+        carried: What the model carries once it is there.
+    """
+
+    sub_net: str
+    optimizer: torch.optim.Optimizer | None
+    handed_over: str | None
+    carried: str
 
 
 def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:

@@ -50,7 +50,7 @@ class RunParts:
         updater: Makes the mask updates.
         normalization: Private BatchNorm state.
         activation: Puts a sub-net on the model.
-        gradients: Masks gradients as they arrive.
+        gradients: Masks gradients when backward has ended.
         reference: The previous sub-net's gradient.
         inactive: Freezes inactive weights; None lets them coast.
         grow_initialization: Where regrown weights start: ``keep`` or ``zero``.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ class TrainingStep:
         self._begun = False
         self._counts = False
         self._carrying = False
+        self._resting = False
         self._correction: Correction | None = None
         self._agreed = False
 
@@ -136,10 +139,36 @@ class TrainingStep:
 
     def settle(self) -> None:
         """Bring model and optimizer to rest, wherever a step or a backward was broken off. Idempotent."""
-        self._parts.activation.take_off()
+        parts = self._parts
+        parts.activation.take_off()
+        if parts.inactive is not None and not parts.inactive.empty:
+            # The optimizer was broken off: what it has moved outside the mask goes back.
+            parts.inactive.restore(parts.parameters, parts.local_masks.of(self.scheduled), parts.optimizer)
         self._restore_rest()
-        if self._parts.inactive is not None:
-            self._parts.inactive.forget()
+
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Have the model and the optimizer at rest for a moment, also in the middle of a step: a user's step hook."""
+        self.rest()
+        try:
+            yield
+        finally:
+            self.go_on()
+
+    def rest(self) -> None:
+        """Come to rest; a step in progress is only interrupted, for `go_on`."""
+        if self._carrying and _is_stepping(self._parts.optimizer):
+            self._resting = True
+            self._parts.activation.take_off()
+            self._parts.normalization.take_back(self._parts.optimizer)
+        else:
+            self.settle()
+
+    def go_on(self) -> None:
+        """Give a step in progress the sub-net's BatchNorm state again."""
+        if self._resting:
+            self._resting = False
+            self._parts.normalization.hand_over(self._parts.optimizer, self.scheduled)
 
     def mend(self) -> None:
         """Bring things to rest if an earlier optimizer step raised halfway; cheap when none did."""
@@ -309,3 +338,13 @@ class TrainingStep:
             update = parts.updater.finalize(name, self.number, Gathered(parts.parameters))
             parts.statistics.masks_updated(self.number, name, target=update.target, achieved=update.achieved)
             parts.registry.notify("ast_masks_updated", training=self._owner, sub_net=name, step=self.number)
+
+
+def _is_stepping(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether this is called from within the optimizer's step, and not after one that was broken off."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False

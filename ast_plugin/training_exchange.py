@@ -63,7 +63,7 @@ def with_plain_entries(state: Mapping[str, Any]) -> Mapping[str, Any]:
         for name in rest["reference"].pop("sharded", ()):
             rest["reference"]["gradients"][name] = state[_GRADIENTS][name]
         return {**{key: value for key, value in state.items() if key not in (_REST, _GRADIENTS)}, **rest}
-    except Exception as error:  # what the reader of torch raises depends on where the damage is
+    except Exception as error:  # what the reader of torch raises depends on where the damage is, and gives bad advice
         raise StateError(
-            f"the saved state is damaged: {type(error).__name__}: {error}; load another checkpoint"
+            f"the saved state is damaged in its entry {_REST!r} ({type(error).__name__}); load another checkpoint"
         ) from error

@@ -47,6 +47,9 @@ class Recorder:
     def before_state_access(self) -> None:
         self.events.append("state")
 
+    def after_state_access(self) -> None:
+        pass
+
     def before_load(self) -> None:
         self.events.append("load")
 
