@@ -2,7 +2,8 @@
 
 Ranks train one model together: those of the process group of `DistributedDataParallel`, or all there are. Without a
 process group nothing here does anything. Everything that talks to other ranks must be called on all of them; that is
-`wrap`, and those steps of the optimizer that update masks, never a forward or a save.
+`wrap`, the first step and those that update masks, and `synchronize_normalization`. Sharded models talk more often:
+see docs/distributed.md.
 """
 
 from __future__ import annotations

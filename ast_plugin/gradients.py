@@ -78,7 +78,10 @@ class GradientMasks:
         self.detach()
 
     def attach(self) -> None:
-        """Mask gradients as they are accumulated in this step; also parameters that were replaced since."""
+        """Register hooks for this step: it keeps dense gradients, or its end of backward cannot be told.
+
+        Parameters that were replaced since get theirs, too.
+        """
         for name, parameter in self._owners.items():
             known = self._handles.get(name)
             if known is not None:

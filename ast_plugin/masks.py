@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from ast_plugin.errors import ConfigError, StateError, near_names
-
-# Share of kept weights up to which masks are held as bits: those that steps apply as positions.
-_FEW = 1 / 8
+from ast_plugin.kept import POSITIONS_UP_TO
 
 
 class MaskStore:
@@ -76,7 +74,7 @@ class MaskStore:
         mask = mask.detach()
         masks[parameter] = mask
         self._kept[sub_net].pop(parameter, None)
-        if mask.device.type == "cpu" and self.kept(sub_net, parameter) <= _FEW * mask.numel():
+        if mask.device.type == "cpu" and self.kept(sub_net, parameter) <= POSITIONS_UP_TO * mask.numel():
             masks[parameter] = _Bits(pack_bits(mask), tuple(mask.shape))
         self._revisions[sub_net] += 1
 

@@ -64,8 +64,10 @@ class PackedMasks:
     def mask(self, sub_net: str, name: str) -> Tensor:
         """Return the bool mask of one parameter, on its device."""
         device = self._parameters[name].device
-        if self._masks.get(sub_net, name).device != device:
-            self._masks.move(sub_net, name, device)
+        mask = self._masks.get(sub_net, name)
+        if mask.device == device:
+            return mask
+        self._masks.move(sub_net, name, device)
         return self._masks.get(sub_net, name)
 
     def _make(self, sub_net: str, pack: Pack, layout: Layout) -> Kept:

@@ -1,6 +1,6 @@
 """Parameters of which every rank holds a part (DTensors, as FSDP2's ``fully_shard`` makes them).
 
-The only module that knows of DTensor. What is done to every element by itself is done to the local parts, which share
+What is done to every element by itself is done to the local parts, which share
 memory with the parameter; the rest either gathers whole tensors or adds up over the ranks, and must be called on all
 of them.
 """

@@ -173,7 +173,7 @@ class AlternatingSparseTraining(SavedRun):
 
         Args:
             loader: Batches; iterated once a sub-net, so it must be re-iterable.
-            sub_nets: Which ones; None takes all.
+            sub_nets: Which ones, or the name of one; None takes all.
             forward: How to run the model on a batch; None feeds a tensor, the first item of a tuple or list, or the
                 items of a mapping as keyword arguments.
             max_batches: How many batches to use for each; None takes all.
@@ -184,7 +184,11 @@ class AlternatingSparseTraining(SavedRun):
         recalibrate_each(
             self.model,
             loader,
-            sub_nets=self.sub_nets if sub_nets is None else tuple(sub_nets),
+            sub_nets=self.sub_nets
+            if sub_nets is None
+            else (sub_nets,)
+            if isinstance(sub_nets, str)
+            else tuple(sub_nets),
             put_on=self.sub_net,
             private=self.config.private_normalization,
             forward=forward,

@@ -95,10 +95,16 @@ class SavedRun(abc.ABC):
 
         Raises:
             SaveError: If the file cannot be written; an older file is still there then.
+            ConfigError: If `twin` is something else.
 
         Warns:
             UserWarning: If a sub-net is far from its target, because its mask schedule has not ended.
         """
+        if twin is not None and not isinstance(twin, Twin):
+            raise ConfigError(
+                f"twin must be what twin() of this controller returned, got {type(twin).__name__}; pass "
+                "twin=ast.twin(model)"
+            )
         now = self._step.number
         for name, plan in self._parts.updater.plans.items():
             if abs(plan.target_sparsity - self._parts.masks.sparsity(name)) > _FAR_FROM_TARGET:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import pytest
 import torch
 from networks import assert_same, conv_net, mlp, sgd
@@ -121,3 +124,37 @@ def test_a_saved_state_brings_every_bank_back() -> None:
     twin.load_state_dict(private.state_dict())
     assert_same(twin.state_dict(), private.state_dict())
     assert torch.equal(twin.state("b")["norm0.weight"], torch.full((8,), 3.0))
+
+
+@pytest.mark.parametrize("moment", range(8))
+def test_an_exchange_that_is_cut_off_leaves_every_sub_net_its_own_state(
+    moment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Ctrl-C arrives when a C function returns: after one of the copies of a step's four exchanges.
+    model = conv_net()
+    optimizer = sgd(model)
+    private = PrivateNormalization(model, ("a", "b"), "a")
+    for name in ("a", "b"):
+        private.carry(name)
+        with torch.no_grad():
+            for tensor in private.tensors():
+                tensor.fill_({"a": 1, "b": 2}[name])
+    private.carry("a")
+    before = {name: private.state(name) for name in ("a", "b")}
+    calls = iter(range(100))
+    original = torch._foreach_copy_
+
+    def copy_and_interrupt(*args: Any) -> None:
+        original(*args)
+        if next(calls) == moment:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(torch, "_foreach_copy_", copy_and_interrupt)
+        private.carry("b")
+        private.carry("a")
+        private.hand_over(optimizer, "b")
+        private.take_back(optimizer)
+    private.take_back(optimizer)
+    private.carry("a")
+    assert_same(before, {name: private.state(name) for name in ("a", "b")})

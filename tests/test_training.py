@@ -832,3 +832,34 @@ def test_plugins_see_the_completed_masks_after_the_last_step() -> None:
     )
     train(model, optimizer, range(30))
     assert seen == [{"s50": 0.5, "s80": 0.8, "s90": 0.9}]
+
+
+@pytest.mark.parametrize("inactive", ["coast", "freeze"])
+def test_a_state_dict_read_by_a_step_hook_does_not_disturb_the_step(inactive: str) -> None:
+    results = []
+    for read in (False, True):
+        model, optimizer, ast = wrapped(inactive=inactive)
+        if read:
+            optimizer.register_step_pre_hook(lambda *_, model=model: model.state_dict() and None)
+            optimizer.register_step_pre_hook(lambda given, *_: given.state_dict() and None)
+        train(model, optimizer, range(9))
+        results.append({"model": model.state_dict(), "run": ast.materialize("s90")})
+    assert_same(*results)
+
+
+def test_frozen_weights_come_back_when_the_optimizer_is_broken_off() -> None:
+    model, optimizer, ast = wrapped(inactive="freeze", method="static")
+    train(model, optimizer, range(2))
+    before = snapshot(model)
+    mask = ast.masks.get(ast.active, "conv1.weight")
+
+    def break_off(*_: Any) -> None:
+        raise RuntimeError("broken off")
+
+    handle = optimizer.register_step_post_hook(break_off)
+    optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
+    with pytest.raises(RuntimeError, match="broken off"):
+        train(model, optimizer, range(2, 3))
+    after = model.state_dict()["conv1.weight"]
+    assert torch.equal(after[~mask], before["conv1.weight"][~mask])
+    assert not torch.equal(after[mask], before["conv1.weight"][mask])

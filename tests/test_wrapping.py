@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import warnings
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -239,3 +240,10 @@ def test_masks_that_never_change_need_no_total_steps() -> None:
     train(model, optimizer, range(4), vector_batch)
     assert_same(before, {name: ast.masks.of(name) for name in ast.sub_nets})
     assert ast.masks.sparsity("s80") == pytest.approx(0.8, abs=0.002)
+
+
+def test_what_is_no_twin_is_not_saved(tmp_path: Path) -> None:
+    model, _, ast = wrapped(mlp())
+    with pytest.raises(ast_plugin.ConfigError, match="twin must be what twin.. of this controller returned"):
+        ast.save(tmp_path / "elastic.safetensors", twin=model)  # type: ignore[arg-type]  # what users do
+    assert not list(tmp_path.iterdir())
