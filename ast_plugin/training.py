@@ -181,14 +181,11 @@ class AlternatingSparseTraining(SavedRun):
         Raises:
             ConfigError: If there is no such sub-net, the loader gives no batch, or several sub-nets share statistics.
         """
+        chosen = (sub_nets,) if isinstance(sub_nets, str) else sub_nets
         recalibrate_each(
             self.model,
             loader,
-            sub_nets=self.sub_nets
-            if sub_nets is None
-            else (sub_nets,)
-            if isinstance(sub_nets, str)
-            else tuple(sub_nets),
+            sub_nets=self.sub_nets if chosen is None else tuple(chosen),
             put_on=self.sub_net,
             private=self.config.private_normalization,
             forward=forward,
