@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 import ast_plugin
 from ast_plugin.config import ASTConfig
@@ -15,6 +16,7 @@ from ast_plugin.packed_masks import PackedMasks
 from ast_plugin.plans import build_plans
 from ast_plugin.plugins import PluginRegistry
 from ast_plugin.schedules import resolve_calendars
+from ast_plugin.slots import ParameterSlots
 from ast_plugin.updates import MaskUpdater
 from mask_update import make_weights, resnet50_shapes
 from overhead_contenders import ONE, SPARSITIES, Contender, plain
@@ -117,7 +119,8 @@ def measure_mask_updates(*, repeats: int, shapes: Sequence[tuple[int, ...]] | No
     plans = build_plans(config, patterns, calendars)
     updater = MaskUpdater(config, plans, method=method, distribution=distribution, masks=masks)
     updater.initialize(weights)
-    packed = PackedMasks(weights, masks)
+    holder = nn.ParameterDict({key: nn.Parameter(weight, requires_grad=False) for key, weight in weights.items()})
+    packed = PackedMasks(ParameterSlots(holder, weights), masks)
     name, calendar = plans[0].name, plans[0].calendar
     times: dict[str, dict[str, float]] = {}
     for share in (0.02, 0.2, 0.5, 0.8, 1.0):

@@ -207,7 +207,7 @@ def test_unfinished_run_is_pointed_out() -> None:
 
 def test_settings_that_differ_from_their_default_are_set_off(pages: dict[str, str]) -> None:
     changed = re.findall(r"<tr class=changed><th scope='row'>(\w+)</th>", pages["run"])
-    assert changed == ["sparsities", "total_steps", "update_interval", "drop_fraction"]
+    assert changed == ["sparsities", "total_steps", "update_interval"]
 
 
 def test_values_at_the_edges_are_drawn() -> None:
