@@ -108,7 +108,8 @@ class Attachment:
                 module.register_load_state_dict_pre_hook(hook(self._before_load)),
             ]
         self._stateful = (called, model, bare)
-        self._claimed = (optimizer, *called.modules())
+        # Not all that the outermost module holds: a teacher or a moving average beside the network is free.
+        self._claimed = (optimizer, called, *model.modules())
         _attached.update(self._claimed)
 
     def remove(self) -> None:
