@@ -20,7 +20,7 @@ from torch import nn
 
 from ast_plugin.errors import ActivationError, ConfigError, StateError
 from ast_plugin.integrations.timm.average import RunAverage
-from ast_plugin.integrations.timm.evaluation import check_metric, is_loss_of_a_sub_net, merged, prefer_lower
+from ast_plugin.integrations.timm.evaluation import merged, split_metric
 from ast_plugin.integrations.timm.flags import Settings
 from ast_plugin.integrations.timm.library import wrap
 from ast_plugin.integrations.timm.networks import network_in
@@ -35,6 +35,7 @@ from ast_plugin.integrations.timm.state import (
 )
 from ast_plugin.optimizers import innermost_optimizer, refusal_of
 from ast_plugin.plugins import PluginRegistry
+from ast_plugin.slots import bare_model
 from ast_plugin.training import AlternatingSparseTraining
 from ast_plugin.training_state import KEY
 
@@ -67,8 +68,13 @@ class TimmRun:
         self._seconds = 0.0
         self._epochs_left = 0
         _check_device(str(getattr(args, "device", "cpu")))
-        self._metric = str(getattr(args, "eval_metric", "top1"))
-        check_metric(self._metric, settings.sub_nets)
+        if getattr(args, "torchscript", False):
+            raise ConfigError(
+                "--torchscript: hooks do not run inside a scripted model; leave it out, or use --torchcompile"
+            )
+        # Scripts know timm's own metrics alone, and of those which are better lower. So a sub-net that is named goes
+        # under these names.
+        self._headline, args.eval_metric = split_metric(str(getattr(args, "eval_metric", "top1")), settings.sub_nets)
 
     def check(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         """Notice what cannot work as soon as model and optimizer are there, before data are read.
@@ -111,8 +117,6 @@ class TimmRun:
         epoch: int = 0,
         task: nn.Module | None = None,
         average: nn.Module | None = None,
-        saver: Any = None,
-        scheduler: Any = None,
         output_dir: str | Path | None = None,
     ) -> AlternatingSparseTraining:
         """Attach the run to a model that is ready to be trained; called once, before the first epoch.
@@ -125,8 +129,6 @@ class TimmRun:
             epoch: The first one, counted from 0; later than that after a resume.
             task: The module that the script calls, where it is one around the model.
             average: The script's moving average of the model (`timm.utils.ModelEmaV3`), if it keeps one.
-            saver: The script's checkpoint saver, None on ranks that save nothing.
-            scheduler: Its learning rate schedule.
             output_dir: Where checkpoints are written, None on ranks that write nothing.
 
         Returns:
@@ -147,7 +149,9 @@ class TimmRun:
             )
         config = self.settings.config(total_steps=steps, steps_per_epoch=steps_per_epoch)
         self._network = network = network_in(model)
-        self.ast = ast = wrap(optimizer, network, config, outermost=model if task is None else task)
+        # Inside its wrappers, where they do nothing but compile and distribute: hooks stay out of compiled graphs.
+        given = model if bare_model(model) is network else network
+        self.ast = ast = wrap(optimizer, given, config, outermost=model if task is None else task)
         if state:
             try:
                 ast.load_state_dict(state[KEY])
@@ -159,8 +163,6 @@ class TimmRun:
         inner = innermost_optimizer(optimizer)
         if task is None or not keep_in_task(task, inner, self.state):
             keep_average_in_optimizer(inner, lambda: self.state().get(AVERAGE_KEY))
-        if is_loss_of_a_sub_net(self._metric, ast.sub_nets):
-            prefer_lower(saver, scheduler)
         self._epochs_left = -(-remaining // steps_per_epoch)
         self._output_dir = Path(output_dir) if output_dir else None
         _logger.info(
@@ -201,7 +203,8 @@ class TimmRun:
             **options: Handed on.
 
         Returns:
-            The default's metrics under the script's names, then ``s90_top1`` and so on.
+            The metrics of one sub-net under the script's names, of that which ``--eval-metric`` names or else of the
+            default, then ``s90_top1`` and so on for each.
 
         Raises:
             ActivationError: If the model is neither, or no metrics come back.
@@ -236,7 +239,7 @@ class TimmRun:
             for name, figures in found.items():
                 for metric, value in figures.items():
                     self.ast.add_report_metric(metric, value, sub_net=name)
-        return merged(self.ast.default_sub_net, found)
+        return merged(self._headline or self.ast.default_sub_net, found)
 
     def finish(self) -> list[Path]:
         """Write the files that a run leaves beside its checkpoints; on ranks without output folder, nothing.

@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import nn
 
-from ast_plugin.errors import ASTError, StateError
+from ast_plugin.errors import ASTError
 from ast_plugin.integrations.timm.flags import add_flags, settings_of, without_flags
 from ast_plugin.integrations.timm.run import TimmRun
-from ast_plugin.integrations.timm.state import read_checkpoint
+from ast_plugin.integrations.timm.state import explained
 
 _FUNCTIONS = ("_parse_args", "create_optimizer_v2", "train_one_epoch", "validate", "main")
 _NEEDED = ("epoch", "model", "loader", "optimizer", "num_updates_total")  # arguments of train_one_epoch
@@ -112,8 +112,6 @@ class Script:
                 epoch=int(given["epoch"]),
                 task=task,
                 average=given.get("model_ema") or _average_of(task),
-                saver=given.get("saver"),
-                scheduler=given.get("lr_scheduler"),
                 output_dir=given.get("output_dir"),
             )
         return run.train(original, *args, **options)
@@ -124,16 +122,8 @@ class Script:
     def _resume(self, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
         if self.run is None:
             return original(*args, **options)
-        path = str(getattr(self.run.args, "resume", ""))
-        checkpoint = read_checkpoint(path)
-        try:
+        with explained(str(getattr(self.run.args, "resume", "")), self.run.args):
             return original(*args, **options)
-        except RuntimeError as error:
-            reason = [line.strip() for line in str(error).split("\n") if line.strip()]
-            raise StateError(
-                f"--resume {path}: a checkpoint of {checkpoint.get('arch', 'another model')}, and this run trains "
-                f"{getattr(self.run.args, 'model', 'another')}; {' '.join(reason[:3])[:400]}"
-            ) from error
 
     def _explain(self, what: str) -> str:
         return (

@@ -8,7 +8,8 @@ that a checkpoint is an ordinary one of the dense model.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,28 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise StateError(f"--resume {path}: holds a {type(checkpoint).__name__}, no training checkpoint of timm")
     return checkpoint
+
+
+@contextlib.contextmanager
+def explained(path: str | Path, args: argparse.Namespace) -> Iterator[None]:
+    """Say in one sentence what differs when a checkpoint of another model is loaded within the block.
+
+    Args:
+        path: The checkpoint.
+        args: The settings of this run, of which the model's name is used.
+
+    Raises:
+        StateError: If there is no such file, it is none that timm writes, or it is of another model.
+    """
+    arch = read_checkpoint(path).get("arch", "another model")
+    try:
+        yield
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+        raise StateError(
+            f"--resume {path}: a checkpoint of {arch}, and this run trains {getattr(args, 'model', 'another')}. "
+            f"{' '.join(lines[:3])[:400]}; pass the --model and --num-classes that it was made with"
+        ) from error
 
 
 def state_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
