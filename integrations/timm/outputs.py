@@ -14,6 +14,7 @@ import torch
 from ast_plugin.errors import MissingExtraError
 from ast_plugin.files import atomic_write_text
 from ast_plugin.report import Report
+from ast_plugin.slots import bare_model
 from ast_plugin.training import AlternatingSparseTraining
 from ast_plugin.twins import Twin
 from ast_plugin.version import __version__
@@ -51,7 +52,7 @@ def write_outputs(
     Raises:
         SaveError: If one cannot be written.
     """
-    name = str(getattr(args, "model", type(ast.model).__name__))
+    name = str(getattr(args, "model", type(bare_model(ast.model)).__name__))
     page = Report.from_training(
         ast, title=f"Sub-nets of {name}", example_inputs=_example(ast, args), elapsed_seconds=seconds
     )
@@ -83,14 +84,15 @@ def _example(ast: AlternatingSparseTraining, args: argparse.Namespace) -> Any:
     """Return a picture of the size that was trained on, to count operations on; None if the model takes no pictures."""
     from timm.data import resolve_data_config
 
-    size = resolve_data_config(vars(args), model=ast.model)["input_size"]
-    like = next(ast.model.parameters())
+    network = bare_model(ast.model)
+    size = resolve_data_config(vars(args), model=network)["input_size"]
+    like = next(network.parameters())
     picture = torch.zeros(1, *size, dtype=like.dtype, device=like.device)
     try:
         with torch.no_grad(), ast.sub_net(ast.default_sub_net):
-            ast.model.eval()(picture)
+            network.eval()(picture)
     except Exception as error:  # models for other input (NaFlex patches) have no picture to be counted on
-        _logger.warning(f"Operations are not counted: {type(ast.model).__name__} cannot be run on a picture ({error}).")
+        _logger.warning(f"Operations are not counted: {type(network).__name__} cannot be run on a picture ({error}).")
         return None
     return picture
 
