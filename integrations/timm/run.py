@@ -37,6 +37,7 @@ from ast_plugin.optimizers import innermost_optimizer, refusal_of
 from ast_plugin.plugins import PluginRegistry
 from ast_plugin.slots import bare_model
 from ast_plugin.training import AlternatingSparseTraining
+from ast_plugin.training_exchange import with_plain_entries
 from ast_plugin.training_state import KEY
 
 _logger = logging.getLogger("ast_plugin.timm")
@@ -276,8 +277,9 @@ def _length(state: Mapping[str, Any], remaining: int, steps_per_epoch: int) -> i
     Steps that a gradient scaler skipped are missing from those done; the schedule stays as it was then.
     """
     try:
-        done, planned = int(state["step"]), int(state["config"]["total_steps"])
-    except (KeyError, TypeError, ValueError):
+        plain = with_plain_entries(state)
+        done, planned = int(plain["step"]), int(plain["config"]["total_steps"])
+    except (StateError, KeyError, TypeError, ValueError):
         return remaining  # damaged, as loading it will say
     expected = done + remaining
     return planned if 0 <= planned - expected < steps_per_epoch else expected
