@@ -118,6 +118,7 @@ class TimmRun:
         epoch: int = 0,
         task: nn.Module | None = None,
         average: nn.Module | None = None,
+        saver: Any = None,
         output_dir: str | Path | None = None,
     ) -> AlternatingSparseTraining:
         """Attach the run to a model that is ready to be trained; called once, before the first epoch.
@@ -130,6 +131,7 @@ class TimmRun:
             epoch: The first one, counted from 0; later than that after a resume.
             task: The module that the script calls, where it is one around the model.
             average: The script's moving average of the model (`timm.utils.ModelEmaV3`), if it keeps one.
+            saver: Its checkpoint saver, None on ranks that save nothing.
             output_dir: Where checkpoints are written, None on ranks that write nothing.
 
         Returns:
@@ -162,7 +164,8 @@ class TimmRun:
         if average is not None:
             self._average = RunAverage(ast, average, state.get(AVERAGE_KEY))
         inner = innermost_optimizer(optimizer)
-        if task is None or not keep_in_task(task, inner, self.state):
+        # Scripts of older timm have tasks too, which their savers do not know.
+        if task is None or getattr(saver, "task", None) is not task or not keep_in_task(task, inner, self.state):
             keep_average_in_optimizer(inner, lambda: self.state().get(AVERAGE_KEY))
         self._epochs_left = -(-remaining // steps_per_epoch)
         self._output_dir = Path(output_dir) if output_dir else None
