@@ -37,6 +37,7 @@ from ast_plugin.optimizers import innermost_optimizer, refusal_of
 from ast_plugin.plugins import PluginRegistry
 from ast_plugin.slots import bare_model
 from ast_plugin.training import AlternatingSparseTraining
+from ast_plugin.training_exchange import with_plain_entries
 from ast_plugin.training_state import KEY
 
 _logger = logging.getLogger("ast_plugin.timm")
@@ -117,6 +118,7 @@ class TimmRun:
         epoch: int = 0,
         task: nn.Module | None = None,
         average: nn.Module | None = None,
+        saver: Any = None,
         output_dir: str | Path | None = None,
     ) -> AlternatingSparseTraining:
         """Attach the run to a model that is ready to be trained; called once, before the first epoch.
@@ -129,6 +131,7 @@ class TimmRun:
             epoch: The first one, counted from 0; later than that after a resume.
             task: The module that the script calls, where it is one around the model.
             average: The script's moving average of the model (`timm.utils.ModelEmaV3`), if it keeps one.
+            saver: Its checkpoint saver, None on ranks that save nothing.
             output_dir: Where checkpoints are written, None on ranks that write nothing.
 
         Returns:
@@ -161,7 +164,8 @@ class TimmRun:
         if average is not None:
             self._average = RunAverage(ast, average, state.get(AVERAGE_KEY))
         inner = innermost_optimizer(optimizer)
-        if task is None or not keep_in_task(task, inner, self.state):
+        # Scripts of older timm have tasks too, which their savers do not know.
+        if task is None or getattr(saver, "task", None) is not task or not keep_in_task(task, inner, self.state):
             keep_average_in_optimizer(inner, lambda: self.state().get(AVERAGE_KEY))
         self._epochs_left = -(-remaining // steps_per_epoch)
         self._output_dir = Path(output_dir) if output_dir else None
@@ -276,8 +280,9 @@ def _length(state: Mapping[str, Any], remaining: int, steps_per_epoch: int) -> i
     Steps that a gradient scaler skipped are missing from those done; the schedule stays as it was then.
     """
     try:
-        done, planned = int(state["step"]), int(state["config"]["total_steps"])
-    except (KeyError, TypeError, ValueError):
+        plain = with_plain_entries(state)
+        done, planned = int(plain["step"]), int(plain["config"]["total_steps"])
+    except (StateError, KeyError, TypeError, ValueError):
         return remaining  # damaged, as loading it will say
     expected = done + remaining
     return planned if 0 <= planned - expected < steps_per_epoch else expected

@@ -112,6 +112,7 @@ class Script:
                 epoch=int(given["epoch"]),
                 task=task,
                 average=given.get("model_ema") or _average_of(task),
+                saver=given.get("saver"),
                 output_dir=given.get("output_dir"),
             )
         return run.train(original, *args, **options)

@@ -132,6 +132,7 @@ def train(args: argparse.Namespace, args_text: str = "") -> OrderedDict[str, flo
             epoch=start_epoch,
             task=task,
             average=task.get_trainable_module(ema=True),
+            saver=saver,
             output_dir=folder,
         )
     amp = (
