@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -97,7 +98,8 @@ def test_sub_nets_train_with(flags: tuple[str, ...], steps: int, timm_runs: Runs
 
 @pytest.mark.parametrize("kind", ["logit", "feature"])
 def test_students_are_trained_by_their_own_names(kind: str, timm_runs: Runs) -> None:
-    run = timm_runs.launched(NEWEST, "--kd-model-name", timm_runs.teacher(), "--kd-distill-type", kind, *EMA)
+    teacher = timm_runs.teacher("test_byobnet")  # with other features, to which the student's are projected
+    run = timm_runs.launched(NEWEST, "--kd-model-name", teacher, "--kd-distill-type", kind, *EMA)
     written = timm_runs.elastic_figures(run.folder / "elastic_ema.safetensors")
     assert written["s80"]["loss"] == pytest.approx(figures_of(run.rows[-1])["s80"]["loss"], rel=1e-5)
     if kind == "feature":
@@ -261,6 +263,11 @@ def test_the_rank_stands_before_an_error(timm_runs: Runs, monkeypatch: pytest.Mo
     code, _, err = captured(lambda: launcher.main(["nowhere.py"]))
     assert code == 2
     assert err.startswith("ast-timm: error: rank 1: there is no training script nowhere.py")
+
+
+def test_timm_that_is_not_installed(timm_runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'ast-plugin[timm]'" in said_of(timm_runs.attempt(launcher.main, *SPARSE, script=NEWEST))
 
 
 def test_errors_of_the_script_itself_pass(timm_runs: Runs, tmp_path: Path) -> None:

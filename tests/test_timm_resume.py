@@ -126,6 +126,15 @@ def test_sub_nets_are_resumed_without_the_optimizer_too(script: str, timm_runs: 
     assert run.rows[0]["train_loss"] != whole.rows[1]["train_loss"]
 
 
+def test_a_student_is_resumed_with_its_projection(timm_runs: Runs) -> None:
+    flags = ("--kd-model-name", timm_runs.teacher("test_byobnet"), "--kd-distill-type", "feature")
+    whole = timm_runs.launched(NEWEST, *flags)
+    resumed = timm_runs.launched(NEWEST, *flags, "--resume", first_checkpoint(whole))
+    assert resumed.rows == whole.rows[1:]
+    assert "projection" in whole.checkpoint()["task_state"]
+    assert_same(trained(resumed.checkpoint()), trained(whole.checkpoint()))
+
+
 def test_a_plain_checkpoint_starts_sub_nets(timm_runs: Runs) -> None:
     plain = timm_runs.unmodified(NEWEST)
     run = timm_runs.launched(NEWEST, "--resume", first_checkpoint(plain))

@@ -159,12 +159,12 @@ class Runs:
                 figures[name] = self.evaluate(model)
         return figures
 
-    def teacher(self) -> str:
+    def teacher(self, name: str = MODEL) -> str:
         """Return the name of a teacher for distillation, written to a folder as timm reads it offline."""
-        folder = self._folder / "teacher"
+        folder = self._folder / f"teacher-{name}"
         if not folder.exists():
             torch.manual_seed(3)
-            timm.models.save_for_hf(self.network(), folder, safe_serialization=True)
+            timm.models.save_for_hf(self.network(name), folder, safe_serialization=True)
         return f"local-dir:{folder}"
 
     def once(self, main: Callable[[list[str]], object], *flags: str | Path, script: Path | None = None) -> Run:
