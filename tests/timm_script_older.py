@@ -97,7 +97,7 @@ def train_one_epoch(
     optimizer,
     loss_fn,
     args,
-    device=torch.device("cuda"),
+    device=None,
     lr_scheduler=None,
     saver=None,
     output_dir=None,
