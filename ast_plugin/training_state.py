@@ -141,7 +141,14 @@ class RunState:
 
 
 def _check(parts: RunParts, state: Mapping[str, Any]) -> None:
-    version = state.get("format")
+    if not isinstance(state, Mapping) or "format" not in state:
+        keys = ", ".join(map(repr, list(state)[:3])) if isinstance(state, Mapping) else ""
+        raise StateError(
+            "the saved state must be what state_dict() of the controller returned, got "
+            f"{type(state).__name__}{f' with {keys}' if keys else ''}; pass that, or what the optimizer's state dict "
+            f"has under {KEY!r}"
+        )
+    version = state["format"]
     if version != FORMAT:
         raise StateError(
             f"the saved state has format {version!r}, this version reads {FORMAT}; resume with the ast-plugin version "

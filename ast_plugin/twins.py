@@ -56,6 +56,7 @@ class Twin:
             self._bare, run.sub_nets, run.default_sub_net, enabled=run.config.private_normalization
         )
         self._activation = MaskedActivation(PackedMasks(self._parameters, self._masks), self._normalization)
+        self._revisions: dict[str, int] = {}  # of the run's masks, when they were taken over
         self._chosen: list[str] = []
         self._updates = 0
         for name in self._others():
@@ -196,9 +197,12 @@ class Twin:
         return [name for name in self.sub_nets if name != self._run.default_sub_net]
 
     def _put_on(self, name: str) -> None:
-        for parameter, mask in self._run.masks.of(name).items():
+        revision = self._run.masks.revision(name)
+        if self._revisions.get(name) != revision:
             # A store of its own: a twin on another device must not draw the run's masks there.
-            self._masks.set(name, parameter, mask.to(self._parameters[parameter].device))
+            for parameter, mask in self._run.masks.of(name).items():
+                self._masks.set(name, parameter, mask)
+            self._revisions[name] = revision
         self._activation.put_on(name)
 
     def _check_name(self, name: str) -> None:
