@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from ast_plugin.activation import MaskedActivation
 from ast_plugin.attachment import is_attached
-from ast_plugin.errors import ActivationError, ConfigError, StateError, WrapError, near_names
+from ast_plugin.errors import ActivationError, StateError, WrapError
 from ast_plugin.masks import MaskStore
 from ast_plugin.normalization import PrivateNormalization
 from ast_plugin.packed_masks import PackedMasks
 from ast_plugin.recalibration import Forward, recalibrate_each
 from ast_plugin.slots import ParameterSlots, bare_model
+from ast_plugin.sub_nets import check_sub_net
 
 if TYPE_CHECKING:
     from ast_plugin.training import AlternatingSparseTraining
@@ -82,7 +83,7 @@ class Twin:
         Raises:
             ConfigError: If there is no such sub-net.
         """
-        self._check_name(name)
+        check_sub_net(name, self.sub_nets)
         self._chosen.append(name)
         try:
             self._put_on(name)
@@ -127,7 +128,7 @@ class Twin:
 
         Args:
             loader: Batches; iterated once a sub-net, so it must be re-iterable.
-            sub_nets: Which ones; None takes all.
+            sub_nets: Which ones, or the name of one; None takes all.
             forward: How to run the model on a batch, as in `AlternatingSparseTraining.recalibrate`.
             max_batches: How many batches to use for each; None takes all.
 
@@ -137,7 +138,8 @@ class Twin:
         recalibrate_each(
             self.model,
             loader,
-            sub_nets=self.sub_nets if sub_nets is None else tuple(sub_nets),
+            sub_nets=sub_nets,
+            known=self.sub_nets,
             put_on=self.sub_net,
             private=self._run.config.private_normalization,
             forward=forward,
@@ -145,8 +147,15 @@ class Twin:
         )
 
     def private_state(self, sub_net: str) -> dict[str, Tensor]:
-        """Return copies of a sub-net's BatchNorm tensors by their names in the run's model."""
-        self._check_name(sub_net)
+        """Return copies of a sub-net's BatchNorm tensors by their names in the run's model.
+
+        Args:
+            sub_net: One of `sub_nets`.
+
+        Raises:
+            ConfigError: If there is no such sub-net.
+        """
+        check_sub_net(sub_net, self.sub_nets)
         return self._normalization.state(sub_net)
 
     def dense_state(self) -> dict[str, Tensor]:
@@ -161,6 +170,9 @@ class Twin:
 
     def materialize(self, name: str) -> dict[str, Tensor]:
         """Return one sub-net of the twin as an ordinary state dict, as `AlternatingSparseTraining.materialize` does.
+
+        Args:
+            name: One of `sub_nets`.
 
         Raises:
             ConfigError: If there is no such sub-net.
@@ -204,10 +216,6 @@ class Twin:
                 self._masks.set(name, parameter, mask)
             self._revisions[name] = revision
         self._activation.put_on(name)
-
-    def _check_name(self, name: str) -> None:
-        if name not in self.sub_nets:
-            raise ConfigError(f"there is no sub-net {name!r}: {near_names(str(name), self.sub_nets)}")
 
 
 def _matching_part(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:

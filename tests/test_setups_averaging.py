@@ -171,6 +171,11 @@ def test_an_average_is_saved_and_loaded_as_an_elastic_file(tmp_path: Any) -> Non
         plain_step(model, optimizer, step)
         average.update_parameters(model)
         twin.update(get_swa_avg_fn())
+    alone = {name: twin.private_state(name) for name in twin.sub_nets}
+    twin.recalibrate(LOADER, sub_nets="s90")
+    statistics = "norm1.running_mean"
+    moved = [n for n in twin.sub_nets if not torch.equal(alone[n][statistics], twin.private_state(n)[statistics])]
+    assert moved == ["s90"]
     twin.recalibrate(LOADER)
     ast.add_report_metric("accuracy", 0.5, sub_net="s90")
     ast.save(tmp_path / "average.safetensors", twin=twin)
