@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -267,3 +268,17 @@ def test_every_module_is_importable_with_the_core_dependencies_alone(tmp_path: P
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"imported {len(modules) + 1}"
+
+
+def test_the_page_names_every_module_on_its_floor() -> None:
+    text = (ROOT / "docs" / "development.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\d) \| [^|]+ \| ([^|]+) \|$", text, re.MULTILINE))
+    named = {
+        int(floor): set(re.findall(r"`([\w*]+)`", modules)) for floor, modules in rows.items() if int(floor) <= TOP
+    }
+    parts = {name for name in package_sources() if name not in FLOORS}
+    split = {concept for concept in SPLIT_CONCEPTS if any(part.startswith(f"{concept}_") for part in parts)}
+    expected: dict[int, set[str]] = {floor: set() for floor in range(TOP + 1)}
+    for name, floor in FLOORS.items():
+        expected[floor].add(f"{name}*" if name in split else name)
+    assert named == expected

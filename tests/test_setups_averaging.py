@@ -16,7 +16,6 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_swa_avg_fn, update_bn
 
 import ast_plugin
-from ast_plugin.masks import MaskStore
 
 AVERAGES: dict[str, Callable[[], Any]] = {"ema": lambda: get_ema_avg_fn(0.9), "swa": get_swa_avg_fn}
 LOADER = [image_batch(step) for step in range(50, 54)]
@@ -246,37 +245,6 @@ def test_a_twin_of_a_copy_starts_as_the_run_is_and_follows_it_on_request() -> No
     twin.update(get_ema_avg_fn(0.9))  # the first call takes over
     for name in ("s80", "s90"):
         assert_same(ast.private_state(name), twin.private_state(name))
-
-
-def test_a_twin_takes_masks_over_only_when_they_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, optimizer, ast = wrapped(**BUSY)
-    twin = ast.twin(copy.deepcopy(model))
-    taken: list[str] = []
-    real = MaskStore.set
-
-    def counted(store: MaskStore, sub_net: str, parameter: str, mask: torch.Tensor) -> None:
-        if store is not ast.masks:
-            taken.append(sub_net)
-        real(store, sub_net, parameter, mask)
-
-    monkeypatch.setattr(MaskStore, "set", counted)
-    count = len(ast.masks.parameters)
-    for _ in range(3):
-        for name in ("s80", "s90", "s80"):
-            with twin.sub_net(name):
-                pass
-    assert taken == ["s80"] * count + ["s90"] * count
-    taken.clear()
-    name = ast.active
-    before = ast.masks.checksum(name)
-    step = 0
-    while ast.masks.checksum(name) == before:
-        plain_step(model, optimizer, step)
-        step += 1
-    with twin.sub_net(name) as network:
-        zeros = network.conv2.weight == 0
-    assert taken == [name] * count
-    assert torch.equal(zeros, ~ast.masks.get(name, "conv2.weight"))
 
 
 def test_what_is_no_twin_is_refused() -> None:
