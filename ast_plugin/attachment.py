@@ -68,36 +68,47 @@ class Attachment:
     """The registered hooks of one controller.
 
     Args:
-        model: The outermost module that the training loop calls.
-        bare: The module inside its wrappers, whose state dict may be asked for; `model` where there are none.
+        called: The outermost module that the training loop calls.
+        model: The network inside it, which evaluation may call by itself; `called` where nothing is around it.
+        bare: The module inside wrappers for compilation and data-parallel use, whose state dict may be asked for.
         optimizer: The torch optimizer whose ``step`` really runs.
         events: Who is told.
     """
 
     def __init__(
-        self, model: nn.Module, bare: nn.Module, optimizer: torch.optim.Optimizer, events: TrainingEvents
+        self,
+        called: nn.Module,
+        model: nn.Module,
+        bare: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        events: TrainingEvents,
     ) -> None:
+        self._called = called
         self._model = model
+        self._inside = False
         self._events = events
         self._backward = NO_BACKWARD
         hook = functools.partial(_ModelHook, before_copy=events.before_state_access)
         self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(hook(_uncompiled(self._before_forward)), prepend=True),
-            model.register_forward_hook(hook(_uncompiled(self._after_forward)), always_call=True),
             optimizer.register_step_pre_hook(_uncompiled(lambda _, args, kwargs: events.before_step(args, kwargs))),
             optimizer.register_step_post_hook(_uncompiled(lambda *_: events.after_step())),
             optimizer.register_state_dict_pre_hook(lambda _: events.before_state_access()),
             optimizer.register_state_dict_post_hook(lambda _, state: events.add_state(state)),
             optimizer.register_load_state_dict_pre_hook(lambda _, state: events.take_state(state)),
         ]
-        for module in {model, bare}:
+        for module in {called, model}:
+            self._handles += [
+                module.register_forward_pre_hook(hook(_uncompiled(self._before_forward)), prepend=True),
+                module.register_forward_hook(hook(_uncompiled(self._after_forward)), always_call=True),
+            ]
+        for module in {called, model, bare}:
             self._handles += [
                 module.register_state_dict_pre_hook(hook(self._before_state_access)),
                 module.register_state_dict_post_hook(hook(self._after_state_access)),
                 module.register_load_state_dict_pre_hook(hook(self._before_load)),
             ]
-        self._stateful = (model, bare)
-        self._claimed = (optimizer, *model.modules())
+        self._stateful = (called, model, bare)
+        self._claimed = (optimizer, *called.modules())
         _attached.update(self._claimed)
 
     def remove(self) -> None:
@@ -110,14 +121,24 @@ class Attachment:
         self._handles.clear()
 
     def _before_forward(self, module: nn.Module, *_: Any) -> None:
-        if module is self._model:
+        if self._is_outermost(module):
+            self._inside = module is self._called
             self._events.before_forward()
 
     def _after_forward(self, module: nn.Module, _: Any, output: Any) -> None:
-        if module is self._model:
+        if module is self._called:
+            self._inside = False
+        if self._is_outermost(module):
             passed = self._events.after_forward(output is None)
             if passed is not None:
                 self._report_backward(output, passed)
+
+    def _is_outermost(self, module: nn.Module) -> bool:
+        """Return whether a forward is one to act on: of the called module, or of the network evaluated by itself."""
+        if module is self._called:
+            return True
+        training = module.training and torch.is_grad_enabled()
+        return module is self._model and not self._inside and not training
 
     def _before_state_access(self, module: nn.Module, *_: Any) -> None:
         if module in self._stateful:

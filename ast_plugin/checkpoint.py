@@ -139,7 +139,8 @@ def write_checkpoint(path: str | os.PathLike[str], entries: Mapping[str, Any]) -
 def save_archive(contents: Any, path: Path) -> None:
     """Write what `torch.save` writes, without the name of the file in it: two equal runs write equal bytes.
 
-    (A resumed run writes equal values; pickle also writes down which of its strings are one object.) Checksums are written also where they were switched off for the sake of speed.
+    A resumed run writes equal values, not equal bytes: pickle also keeps which of its strings are one object.
+    Checksums are written also where they were switched off for the sake of speed.
 
     Args:
         contents: What to write.

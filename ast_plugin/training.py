@@ -290,4 +290,4 @@ class AlternatingSparseTraining(SavedRun):
     def attach(self) -> None:
         """Register the hooks; called once, by `wrap`."""
         self._modes.attach()
-        self._attachment = Attachment(self.model, self._parts.bare, self.optimizer, self._events)
+        self._attachment = Attachment(self._parts.called, self.model, self._parts.bare, self.optimizer, self._events)

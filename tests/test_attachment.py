@@ -98,7 +98,7 @@ class Shaped(nn.Module):
 @pytest.mark.parametrize("shape", sorted(SHAPES))
 def test_the_end_of_backward_is_reported_whatever_the_model_returns(shape: str) -> None:
     model, recorder = Shaped(shape), Recorder()
-    attachment = Attachment(model, model, sgd(model), recorder)
+    attachment = Attachment(model, model, model, sgd(model), recorder)
     loss = SHAPES[shape][1](model(torch.ones(2, 3)))
     recorder.events.clear()
     loss.backward()
@@ -118,7 +118,7 @@ def test_with_activation_checkpointing_it_is_reported_once_and_last(reentrant: b
             return checkpoint(self.second, x, use_reentrant=reentrant)
 
     model, recorder = Checkpointed(), Recorder()
-    Attachment(model, model, sgd(model), recorder)
+    Attachment(model, model, model, sgd(model), recorder)
     output = model(torch.ones(2, 3, requires_grad=True))
     recorder.events.clear()
     for layer in (model.first, model.second):
@@ -130,7 +130,7 @@ def test_with_activation_checkpointing_it_is_reported_once_and_last(reentrant: b
 def test_events_come_in_the_order_of_a_step() -> None:
     model, recorder = Shaped("tensor"), Recorder()
     optimizer = sgd(model)
-    Attachment(model, model, optimizer, recorder)
+    Attachment(model, model, model, optimizer, recorder)
     model(torch.ones(2, 3)).backward()
     optimizer.step()
     assert recorder.events == [
@@ -149,7 +149,7 @@ def test_events_come_in_the_order_of_a_step() -> None:
 
 def test_every_backward_is_reported_also_a_second_one_and_one_after_an_error() -> None:
     model, recorder = Shaped("tensor"), Recorder()
-    Attachment(model, model, sgd(model), recorder)
+    Attachment(model, model, model, sgd(model), recorder)
     output = model(torch.ones(2, 3))
 
     def fail(_: Tensor) -> None:
@@ -169,7 +169,7 @@ def test_every_backward_is_reported_also_a_second_one_and_one_after_an_error() -
 
 def test_recording_gradients_leaves_the_end_to_the_next_backward() -> None:
     model, recorder = Shaped("tensor"), Recorder()
-    Attachment(model, model, sgd(model), recorder)
+    Attachment(model, model, model, sgd(model), recorder)
     inputs = torch.ones(2, 3, requires_grad=True)
     output = model(inputs)
     recorder.events.clear()
@@ -182,7 +182,7 @@ def test_recording_gradients_leaves_the_end_to_the_next_backward() -> None:
 def test_state_dicts_are_announced_extended_and_stripped() -> None:
     model, recorder = Shaped("tensor"), Recorder()
     optimizer = sgd(model)
-    attachment = Attachment(model, model, optimizer, recorder)
+    attachment = Attachment(model, model, model, optimizer, recorder)
     state = optimizer.state_dict()
     assert state["mine"] == 1
     optimizer.load_state_dict(state)
@@ -196,7 +196,7 @@ def test_state_dicts_are_announced_extended_and_stripped() -> None:
 def test_what_is_attached_is_known_until_removed() -> None:
     model, other = Shaped("tensor"), Shaped("tensor")
     optimizer, idle = sgd(model), sgd(other)
-    attachment = Attachment(model, model, optimizer, Recorder())
+    attachment = Attachment(model, model, model, optimizer, Recorder())
     assert is_attached(model)
     assert is_attached(nn.Sequential(model))
     assert is_attached(optimizer)
@@ -210,6 +210,6 @@ def test_what_is_attached_is_known_until_removed() -> None:
 def test_the_hook_runs_before_those_that_were_there() -> None:
     model, recorder = Shaped("tensor"), Recorder()
     model.register_forward_pre_hook(lambda *_: recorder.events.append("users"))
-    Attachment(model, model, sgd(model), recorder)
+    Attachment(model, model, model, sgd(model), recorder)
     model(torch.ones(2, 3))
     assert recorder.events == ["before_forward", "users", "after_forward"]
