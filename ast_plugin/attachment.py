@@ -96,7 +96,7 @@ class Attachment:
             optimizer.register_state_dict_post_hook(lambda _, state: events.add_state(state)),
             optimizer.register_load_state_dict_pre_hook(lambda _, state: events.take_state(state)),
         ]
-        for module in {called, model}:
+        for module in {called, model} if called is model or not _is_compiled_in(model, called) else {called}:
             self._handles += [
                 module.register_forward_pre_hook(hook(_uncompiled(self._before_forward)), prepend=True),
                 module.register_forward_hook(hook(_uncompiled(self._after_forward)), always_call=True),
@@ -108,7 +108,8 @@ class Attachment:
                 module.register_load_state_dict_pre_hook(hook(self._before_load)),
             ]
         self._stateful = (called, model, bare)
-        self._claimed = (optimizer, *called.modules())
+        # Not all that the outermost module holds: a teacher or a moving average beside the network is free.
+        self._claimed = (optimizer, called, *model.modules())
         _attached.update(self._claimed)
 
     def remove(self) -> None:
@@ -179,6 +180,12 @@ def is_attached(thing: nn.Module | torch.optim.Optimizer) -> bool:
     if isinstance(thing, nn.Module):
         return any(module in _attached for module in thing.modules())
     return thing in _attached
+
+
+def _is_compiled_in(model: nn.Module, called: nn.Module) -> bool:
+    """Return whether a hook on `model` would stand inside a compiled graph of `called`, and break it in two."""
+    compiled = [module for module in called.modules() if module is not model and hasattr(module, "_orig_mod")]
+    return any(inner is model for module in compiled for inner in module.modules())
 
 
 class _EndOfBackward:

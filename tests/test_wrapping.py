@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import warnings
@@ -311,3 +312,12 @@ def test_outermost_that_is_wrapped_already_is_refused_and_free_again_after_detac
     assert not task._forward_pre_hooks
     assert not network._forward_pre_hooks
     ast_plugin.wrap(optimizer, network, outermost=task, sparsities=(0.5,), method="static")
+
+
+def test_a_copy_that_outermost_holds_beside_the_network_may_be_its_twin() -> None:
+    network = conv_net()
+    task = WithLoss(network)
+    task.average = copy.deepcopy(network)
+    ast = ast_plugin.wrap(sgd(network), network, outermost=task, sparsities=(0.5, 0.9), method="static")
+    with ast.twin(task.average).sub_net("s90") as average, ast.sub_net("s90"):
+        assert_same(snapshot(network), snapshot(average))
