@@ -61,7 +61,7 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         required=True,
         type=Path,
         metavar="PATH",
-        help="file to write; its suffix (.safetensors or .pt) says how",
+        help="file to write; its suffix (.safetensors, .pt or .pth) says how",
     )
 
 
@@ -125,7 +125,7 @@ def run_export(args: argparse.Namespace) -> int:
         "the rest zeros.\nLoad it, without this package:"
     )
     file = json.dumps(str(args.to), ensure_ascii=False)
-    if args.to.suffix.lower() == ".pt":
+    if args.to.suffix.lower() != ".safetensors":
         print(f"  model.load_state_dict(torch.load({file}, weights_only=True))")
     else:
         print(f"  model.load_state_dict(safetensors.torch.load_file({file}))")

@@ -19,14 +19,31 @@ from ast_plugin.sharding import LastSharded, full, is_sharded, layout_of, local_
 
 _Place = tuple[nn.Module, str]
 
-_AFFINE = ("weight", "bias")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def batch_norm_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the BatchNorm modules of `model` (any dimension, synchronised ones and subclasses too) by name."""
-    kind = nn.modules.batchnorm._BatchNorm
-    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+    """Return the norms of `model` that every sub-net has its own of, by name.
+
+    They are the BatchNorms, of any dimension, synchronised ones and subclasses too, and whatever else learns and keeps
+    running statistics of its own: instance norms that track them, batch norms of other libraries that derive from no
+    class of torch. A frozen one that has statistics but nothing to learn is not among them.
+    """
+    modules = model.named_modules()
+    return {name: module for name, module in modules if is_batch_norm(module) or _keeps_statistics(module)}
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Return whether a module is one of torch's BatchNorms, or of a class derived from them."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    if all(module._buffers.get(name) is None for name in ("running_mean", "running_var")):
+        return False
+    learnt = [parameter for parameter in module._parameters.values() if parameter is not None]
+    in_torch = isinstance(module, nn.modules.batchnorm._NormBase)
+    return in_torch or (bool(learnt) and all(parameter.ndim <= 1 for parameter in learnt))
 
 
 class PrivateNormalization:
@@ -53,9 +70,8 @@ class PrivateNormalization:
             seen: set[int] = set()
             for path, module in batch_norm_modules(model).items():
                 prefix = f"{path}." if path else ""
-                for attribute in _AFFINE:
-                    parameter = module._parameters.get(attribute)
-                    if parameter is not None and id(parameter) not in seen:
+                for attribute, parameter in module._parameters.items():
+                    if parameter is not None and parameter.ndim <= 1 and id(parameter) not in seen:
                         seen.add(id(parameter))
                         parameters[prefix + attribute] = (module, attribute)
                 for attribute in _STATISTICS:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.errors import ConfigError
-from ast_plugin.normalization import batch_norm_modules
+from ast_plugin.normalization import batch_norm_modules, is_batch_norm
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -63,7 +63,8 @@ def recalibrate(
 ) -> None:
     """Replace the running statistics of all BatchNorms by plain means over the batches of `loader`.
 
-    Everything but the statistics stays: weights, modes, momenta, and after an exception the statistics too.
+    Norms of other libraries take part if they have a `momentum`. Everything but the statistics stays: weights, modes,
+    momenta, and after an exception the statistics too.
 
     Args:
         model: The model as it is to be measured; it is run in eval mode but for its BatchNorms.
@@ -75,7 +76,8 @@ def recalibrate(
     Raises:
         ConfigError: If the loader gives no batch.
     """
-    norms = [m for m in batch_norm_modules(model).values() if m._buffers.get("running_mean") is not None]
+    norms = [module for module in batch_norm_modules(model).values() if _can_average(module)]
+    others = [module for module in norms if not is_batch_norm(module)]
     if not norms:
         return
     run = forward or default_forward
@@ -87,11 +89,14 @@ def recalibrate(
     try:
         model.eval()
         for module in norms:
-            module.reset_running_stats()  # type: ignore[operator]  # a BatchNorm method
-            module.momentum = None  # type: ignore[assignment]  # None: cumulative mean
-            module.train()
+            module.training = True  # not train(), which would wake a dropout that lies inside
+            if is_batch_norm(module):
+                module.reset_running_stats()  # type: ignore[operator]  # a BatchNorm method
+                module.momentum = None  # type: ignore[assignment]  # None: cumulative mean
         with torch.no_grad():
             for batch in itertools.islice(iter(loader), max_batches):
+                for module in others:
+                    module.momentum = 1 / (batches + 1)  # type: ignore[assignment]  # the same mean, batch by batch
                 run(model, batch)
                 batches += 1
         if not batches:
@@ -107,6 +112,11 @@ def recalibrate(
                         buffer.copy_(value)
         for module, training in modes.items():
             module.training = training
+
+
+def _can_average(module: nn.Module) -> bool:
+    tracked = any(module._buffers.get(name) is not None for name in ("running_mean", "running_var"))
+    return tracked and hasattr(module, "momentum")
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:

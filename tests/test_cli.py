@@ -199,7 +199,7 @@ def test_report_writes_a_page(elastic: Path, tmp_path: Path, capsys: pytest.Capt
     assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "pth"])
 def test_export_writes_a_state_dict_that_an_ordinary_module_loads(
     elastic: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,7 +225,7 @@ def test_export_to_an_unknown_kind_of_file_says_which_there_are(
     elastic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["export", str(elastic), "--sub-net", "s75", "--to", str(tmp_path / "x.zip")]) == cli.USAGE
-    assert "must end in .safetensors or .pt" in capsys.readouterr().err
+    assert "must end in .safetensors, .pt or .pth" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["report"], ["export", "--sub-net", "s75", "--to", "x.pt"]])

@@ -92,13 +92,14 @@ def test_safetensors_load_with_safetensors_alone(source: SubNetSource, tmp_path:
 
 
 def test_pt_loads_with_weights_only(source: SubNetSource, tmp_path: Path) -> None:
-    export_state_dict(source, "s80", str(tmp_path / "s80.pt"))
-    assert same_state(torch.load(tmp_path / "s80.pt", weights_only=True), want("s80"))
+    for suffix in ("pt", "pth"):
+        export_state_dict(source, "s80", str(tmp_path / f"s80.{suffix}"))
+        assert same_state(torch.load(tmp_path / f"s80.{suffix}", weights_only=True), want("s80"))
 
 
-@pytest.mark.parametrize("name", ["s80.pth", "s80", "s80.onnx"])
+@pytest.mark.parametrize("name", ["s80.bin", "s80", "s80.onnx"])
 def test_other_suffixes_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"path must end in .safetensors or .pt, got '.*{name}'"):
+    with pytest.raises(ConfigError, match=rf"path must end in .safetensors, .pt or .pth, got '.*{name}'"):
         export_state_dict(FakeTraining(), "s80", tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 

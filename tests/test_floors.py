@@ -262,6 +262,18 @@ print("imported", len({modules!r}))
 """
 
 
+def test_integrations_are_importable_without_their_hosts(tmp_path: Path) -> None:
+    # The modules that hold their public names too: they recognise a host's objects without it.
+    packages = [f"ast_plugin.integrations.{path.parent.name}" for path in (ROOT / "integrations").glob("*/__init__.py")]
+    names = "\n".join(f"{name} and [getattr({name}, public) for public in {name}.__all__]" for name in packages)
+    blocked, modules = sorted(OPTIONAL_DEPENDENCIES), ["ast_plugin.integrations", *packages]
+    script = IMPORT_EVERYTHING.format(blocked=blocked, modules=modules) + f"import ast_plugin\n{names}\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"imported {len(modules)}"
+    assert len(packages) >= 1
+
+
 def test_every_module_is_importable_with_the_core_dependencies_alone(tmp_path: Path) -> None:
     modules = [f"ast_plugin.{name}" for name in package_sources() if name not in ("__init__", "__main__")]
     script = IMPORT_EVERYTHING.format(blocked=sorted(OPTIONAL_DEPENDENCIES), modules=["ast_plugin", *modules])

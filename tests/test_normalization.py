@@ -34,6 +34,50 @@ def test_every_kind_of_batch_norm_is_found_and_layer_norm_is_not() -> None:
     assert {name for name in names if name.startswith("batch.")} == {"batch.weight", "batch.bias"}
 
 
+class ForeignNorm(nn.Module):
+    """Stands for a batch norm of another library that derives from no class of torch."""
+
+    def __init__(self, *, learns: bool = True, extra: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.momentum = 0.1
+        if learns:
+            self.weight = nn.Parameter(torch.ones(4))
+            self.v = nn.Parameter(torch.ones(4))
+        if extra is not None:
+            self.extra = nn.Parameter(extra)
+        self.register_buffer("running_var", torch.ones(4))
+
+
+def test_norms_of_other_libraries_are_private_where_they_learn_and_keep_statistics() -> None:
+    model = nn.ModuleDict(
+        {
+            "foreign": ForeignNorm(),
+            "frozen": ForeignNorm(learns=False),
+            "layer": ForeignNorm(extra=torch.zeros(4, 4)),  # more than a norm
+            "instance": nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+            "untracked": nn.InstanceNorm2d(4, affine=True),
+            "group": nn.GroupNorm(2, 4),
+        }
+    )
+    assert list(batch_norm_modules(model)) == ["foreign", "instance"]
+    assert set(PrivateNormalization(model, ("a", "b"), "a").names) == {
+        "foreign.weight",
+        "foreign.v",
+        "foreign.running_var",
+        *(f"instance.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
+    }
+
+
+def test_a_matrix_in_a_batch_norm_stays_shared() -> None:
+    class Conditional(nn.BatchNorm1d):
+        def __init__(self) -> None:
+            super().__init__(4)
+            self.table = nn.Parameter(torch.zeros(3, 4))
+
+    names = PrivateNormalization(nn.Sequential(Conditional()), ("a", "b"), "a").parameter_names
+    assert names == ("0.weight", "0.bias")
+
+
 def test_carrying_swaps_values_in_place_and_back() -> None:
     model = conv_net()
     private = PrivateNormalization(model, ("a", "b"), "a")
