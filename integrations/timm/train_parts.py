@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask
 from timm.models import safe_model_name
+from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask
 from timm.utils import get_outdir, is_primary
 from torch import nn
 
