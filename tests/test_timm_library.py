@@ -11,7 +11,6 @@ import pytest
 import timm
 import torch
 from timm.optim import create_optimizer_v2
-from timm.task import ClassificationTask
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -83,10 +82,11 @@ def test_a_short_run_gives_exact_sparsities_and_private_batch_norms(opt: str) ->
 
 
 def test_the_loop_may_call_timm_s_task() -> None:
+    tasks = pytest.importorskip("timm.task")
     results = []
     for around in (False, True):
         model = network()
-        task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+        task = tasks.ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
         optimizer = create_optimizer_v2(model, opt="momentum", lr=0.01)
         ast = wrap(optimizer, model, outermost=task if around else None, **SETTINGS)
         model.train()
@@ -201,12 +201,20 @@ def test_what_is_no_network_of_timm_is_refused() -> None:
     with pytest.raises(WrapError, match=r"no network of timm is inside model, a Sequential; give what timm.create_m"):
         wrap(sgd(plain), plain, sparsities=(0.5,), total_steps=10)
     model = network()
-    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
-    with pytest.raises(WrapError, match=r"model is timm's ClassificationTask.*outermost=task"):
-        wrap(sgd(model), task, sparsities=(0.5,), total_steps=10)
     with pytest.raises(WrapError, match=r"model must be a torch.nn.Module, got str"):
         wrap(sgd(model), "resnet18", sparsities=(0.5,), total_steps=10)  # type: ignore[arg-type]  # wrong on purpose
     assert wrap(sgd(model), model, sparsities=(0.5,), total_steps=10).attached  # untouched by the refusals
+
+
+def test_a_task_is_no_network() -> None:
+    tasks, model = pytest.importorskip("timm.task"), network()
+    task = tasks.ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    with pytest.raises(WrapError, match=r"model is timm's ClassificationTask.*outermost=task"):
+        wrap(sgd(model), task, sparsities=(0.5,), total_steps=10)
+    compiled = nn.Module()
+    compiled._orig_mod = task  # as torch.compile does
+    with pytest.raises(WrapError, match=r"model is timm's ClassificationTask"):
+        wrap(sgd(model), compiled, sparsities=(0.5,), total_steps=10)
 
 
 def test_public_names() -> None:

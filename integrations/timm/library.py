@@ -12,6 +12,7 @@ import ast_plugin
 from ast_plugin.config import ASTConfig
 from ast_plugin.errors import WrapError
 from ast_plugin.integrations.timm.selection import TimmSelection, timm_networks
+from ast_plugin.slots import bare_model
 from ast_plugin.training import AlternatingSparseTraining
 from ast_plugin.wrapping import ASTOptions
 
@@ -53,7 +54,7 @@ def wrap(
         >>> ast = wrap(optimizer, model, sparsities=(0.9, 0.95, 0.98), total_steps=1000)
     """
     if isinstance(model, nn.Module):
-        _check_model(model)
+        _check_model(bare_model(model))
     if isinstance(plugins, (list, tuple)) and not any(isinstance(plugin, TimmSelection) for plugin in plugins):
         plugins = [TimmSelection(), *plugins]  # the last is asked first
     return ast_plugin.wrap(optimizer, model, config, outermost=outermost, plugins=plugins, **options)
