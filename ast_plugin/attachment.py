@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
@@ -151,6 +152,16 @@ class Attachment:
 def current_backward() -> int:
     """Return a number that no other backward pass of this process has, `NO_BACKWARD` outside of any."""
     return torch._C._current_graph_task_id()
+
+
+def is_stepping(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether this is called from within the optimizer's step, and not after one that was broken off."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def is_attached(thing: nn.Module | torch.optim.Optimizer) -> bool:

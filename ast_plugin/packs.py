@@ -19,7 +19,7 @@ _SMALL = 1 << 16
 _PACK = 1 << 20  # elements of a pack at most: four megabytes of float32 stay in a processor's cache
 
 # How the elements of a vector are ordered: None is row-major, anything else the strides of the one tensor.
-Layout = tuple[int, ...] | None
+MemoryOrder = tuple[int, ...] | None
 
 
 class Pack:
@@ -54,7 +54,7 @@ class Pack:
         """Return whether a vector is the buffer that `vector` fills."""
         return vector is self._buffer
 
-    def layout(self, tensors: Sequence[Tensor | None]) -> Layout:
+    def order(self, tensors: Sequence[Tensor | None]) -> MemoryOrder:
         """Return how the vector of these tensors is ordered."""
         only = tensors[0]
         if len(tensors) > 1 or only is None or only.is_contiguous() or _in_memory_order(only) is None:
@@ -94,10 +94,10 @@ class Pack:
         pairs = [(t.detach(), view) for t, view in zip(tensors, self._views, strict=True) if t is not None]
         torch._foreach_copy_([tensor for tensor, _ in pairs], [view for _, view in pairs])
 
-    def tensors(self, vector: Tensor, layout: Layout) -> list[Tensor]:
-        """Return the parts of a vector in the order `layout` as views in the shapes of the tensors."""
-        if layout is not None:
-            return [vector.as_strided(self._shapes[0], layout)]
+    def tensors(self, vector: Tensor, order: MemoryOrder) -> list[Tensor]:
+        """Return the parts of a vector in memory order `order` as views in the shapes of the tensors."""
+        if order is not None:
+            return [vector.as_strided(self._shapes[0], order)]
         return [part.view(shape) for part, shape in zip(vector.split(self.sizes), self._shapes, strict=True)]
 
     def _shared(self, tensors: Sequence[Tensor | None]) -> Tensor | None:
@@ -127,11 +127,11 @@ def build_packs(shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, objec
     return packs + [Pack(members) for members in open_packs.values()]
 
 
-def order_of(tensor: Tensor, layout: Layout) -> Tensor:
-    """Return a tensor, such as a mask, as a vector in the order of `layout`; shares its memory where it can."""
-    if layout is None:
+def order_of(tensor: Tensor, order: MemoryOrder) -> Tensor:
+    """Return a tensor, such as a mask, as a vector in that order; shares its memory where it can."""
+    if order is None:
         return tensor.reshape(-1)
-    return tensor.permute(_by_stride(layout)).reshape(-1)
+    return tensor.permute(_by_stride(order)).reshape(-1)
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor | None:

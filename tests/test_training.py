@@ -770,6 +770,33 @@ def test_an_optimizer_step_that_raises_is_mended_at_the_next_touch() -> None:
     assert ast.step == 5
 
 
+@pytest.mark.parametrize("method", ["set", "rigl", "granet"])
+def test_a_step_that_was_broken_off_updates_its_masks_once(method: str) -> None:
+    runs = []
+    for broken_off in (True, False):
+        model, optimizer, ast = wrapped(method=method, update_interval=3, stagger=False, correction="off")
+        updated = []
+
+        def interrupt(*_: Any, ast: Any = ast, updated: list[int] = updated) -> None:
+            updated.append(ast.step)
+            if updated.count(ast.step) == 1:
+                raise KeyboardInterrupt
+
+        if broken_off:
+            optimizer.register_step_pre_hook(interrupt)  # runs after ours, which has updated the masks
+        for step in range(9):
+            if broken_off:
+                with pytest.raises(KeyboardInterrupt):
+                    train_step(model, optimizer, image_batch(step))
+                optimizer.step()
+            else:
+                train_step(model, optimizer, image_batch(step))
+        masks = {name: ast.masks.of(name) for name in ast.sub_nets}
+        runs.append({"masks": masks, "weights": snapshot(model), "history": ast.history["sparsity"]})
+    assert_same(runs[0], runs[1])
+    assert len({point["step"] for point in runs[0]["history"]}) > 3
+
+
 @pytest.mark.parametrize("wrapper", ["DataParallel", "compiled", "both"])
 def test_names_are_those_of_the_model_inside_wrappers(wrapper: str, tmp_path: Any) -> None:
     def outer(model: nn.Module) -> nn.Module:
