@@ -44,8 +44,7 @@ class TrainingStep:
         self._resting = False
         self._correction: Correction | None = None
         self._agreed = False
-        # Of the step in progress. If it is broken off and made again, its update is not: it would regrow twice.
-        self._updated = False
+        self._updated = False  # a step that is made again after it was broken off must not regrow twice
         self._update: MaskUpdate | None = None
 
     @property
@@ -150,6 +149,11 @@ class TrainingStep:
             parts.inactive.restore(parts.parameters, parts.local_masks.of(self.scheduled), parts.optimizer)
         self._restore_rest()
 
+    def settle_unless_stepping(self) -> None:
+        """Come to rest, unless the optimizer is at work: weights are dense then."""
+        if not (self._carrying and is_stepping(self._parts.optimizer)):
+            self.settle()
+
     @contextlib.contextmanager
     def at_rest(self) -> Iterator[None]:
         """Have the model and the optimizer at rest for a moment, also in the middle of a step: a user's step hook."""
@@ -161,12 +165,11 @@ class TrainingStep:
 
     def rest(self) -> None:
         """Come to rest; a step in progress is only interrupted, for `go_on`."""
-        if self._carrying and is_stepping(self._parts.optimizer):
+        self.settle_unless_stepping()
+        if self._carrying:
             self._resting = True
             self._parts.activation.take_off()
             self._parts.normalization.take_back(self._parts.optimizer)
-        else:
-            self.settle()
 
     def go_on(self) -> None:
         """Give a step in progress the sub-net's BatchNorm state again."""
@@ -237,13 +240,13 @@ class TrainingStep:
         if self._update is None:
             gradients = self._dense_gradients() if parts.method.needs_gradient else None
             self._update = parts.updater.update(name, self.number, Gathered(parts.parameters), gradients)
-        update = self._update
         if parts.grow_initialization == "zero":
-            self._start_at_zero(name, update.grown)
+            self._start_at_zero(name, self._update.grown)
         what = f"the masks of sub-net {name!r} at step {self.number}"
         check_same_on_all_ranks(what, parts.masks.checksum, name, model=parts.model)
-        parts.statistics.masks_updated(self.number, name, target=update.target, achieved=update.achieved)
+        target, achieved = self._update.target, self._update.achieved
         self._updated, self._update = True, None
+        parts.statistics.masks_updated(self.number, name, target=target, achieved=achieved)
         parts.registry.notify("ast_masks_updated", training=self._owner, sub_net=name, step=self.number)
 
     def _dense_gradients(self) -> Mapping[str, torch.Tensor]:

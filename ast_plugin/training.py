@@ -105,7 +105,7 @@ class AlternatingSparseTraining(SavedRun):
 
         Raises:
             ConfigError: If there is no such sub-net.
-            ActivationError: If the optimizer steps inside the block.
+            ActivationError: If the optimizer steps inside the block, or the model was wrapped anew after `detach`.
         """
         self._check_name(name)
         with self._events.choose(name):
@@ -247,6 +247,9 @@ class AlternatingSparseTraining(SavedRun):
     def detach(self) -> nn.Module:
         """Remove every hook and return the model, an ordinary dense model with the default's BatchNorm state.
 
+        Nothing trains sub-nets any more. `sub_net`, `materialize` and `save` still apply the masks to the weights that
+        the model has then, until it is wrapped anew.
+
         Raises:
             ActivationError: If a sub-net is on, inside ``with sub_net(...)``.
         """
@@ -255,6 +258,7 @@ class AlternatingSparseTraining(SavedRun):
         if self._attachment is not None:
             self._attachment.remove()
             self._attachment = None
+            self._events.released = True
         self._modes.detach()
         self._parts.gradients.detach()
         self._parts.activation.release()

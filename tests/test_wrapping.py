@@ -15,6 +15,7 @@ from networks import assert_same, conv_net, image_batch, mlp, sgd, snapshot, tra
 from torch import nn
 
 import ast_plugin
+from ast_plugin.attachment import is_attached
 from ast_plugin.wrapping import ASTOptions
 
 
@@ -247,3 +248,18 @@ def test_what_is_no_twin_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ast_plugin.ConfigError, match=r"twin must be what twin\(\) of this controller returned"):
         ast.save(tmp_path / "elastic.safetensors", twin=model)  # type: ignore[arg-type]  # what users do
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("fused", "dampening"), [(True, 0.1), (True, 0.0), (False, 0.1)])
+def test_a_fused_step_that_would_damp_the_first_momentum_of_batch_norm_is_refused(
+    fused: bool, dampening: float
+) -> None:
+    model = conv_net()
+    optimizer = sgd(model, fused=fused, dampening=dampening)
+    if fused and dampening:
+        with pytest.raises(ast_plugin.WrapError, match=r"fused=True and dampening=0\.1 would damp the first step"):
+            wrapped(model, optimizer)
+        assert not is_attached(model)
+        wrapped(model, optimizer, private_normalization=False)
+    else:
+        wrapped(model, optimizer)
