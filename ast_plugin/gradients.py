@@ -121,8 +121,9 @@ class GradientMasks:
             known = self._masked.get(pack)
             if (known is None or not known.still(gradients)) and any(g is not None for g in gradients):
                 kept = self._packed.kept(sub_net, pack, gradients)
-                kept.keep_only_(pack.vector(gradients))
-                pack.write(gradients)
+                if not kept.everything:
+                    kept.keep_only_(pack.vector(gradients))
+                    pack.write(gradients)
                 self._masked[pack] = _Masked(gradients)
         for name, captured in (self._captured or {}).items():
             captured.remember(self._parameters[name].grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ast_plugin import packs
+from ast_plugin.kept import kept_elements
 from ast_plugin.packs import Pack, build_packs, order_of
 
 SMALL, FULL = 1 << 16, 1 << 20
@@ -341,3 +343,44 @@ def test_a_row_major_mask_is_not_copied() -> None:
     assert order_of(mask, None).data_ptr() == mask.data_ptr()
     last = torch.ones(2, 3, 4, 5, dtype=torch.bool).to(memory_format=torch.channels_last)
     assert order_of(last, tuple(last.stride())).data_ptr() == last.data_ptr()
+
+
+@pytest.mark.parametrize("lay", [pytest.param(lay, id=name) for name, (lay, _) in LAYOUTS.items()])
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_what_is_set_aside_comes_back_whatever_is_done_with_vectors_meanwhile(
+    lay: Callable[[Tensor], Tensor], several: bool, share: float
+) -> None:
+    tensors = [lay(torch.randn(4, 3, 2, 2)), torch.randn(5)][: 1 + several]
+    pack = Pack({str(i): tuple(tensor.shape) for i, tensor in enumerate(tensors)})
+    dense = [tensor.clone() for tensor in tensors]
+    mask = torch.rand(pack.total) < share
+    kept = kept_elements(mask, int(mask.sum()), pack.sizes)
+    masks = pack.tensors(mask, pack.order(tensors))
+    for _ in range(2):
+        pack.set_aside(tensors)
+        pack.put_masked(kept, tensors)
+        for tensor, value, one in zip(tensors, dense, masks, strict=True):
+            assert torch.equal(tensor, value * one)
+        others = [torch.ones_like(tensor) for tensor in tensors]
+        pack.vector(others).mul_(2)
+        pack.write(others)
+        assert all(bool((other == 2).all()) for other in others)
+        pack.bring_back(tensors)
+        pack.let_go()
+        for tensor, value in zip(tensors, dense, strict=True):
+            assert torch.equal(tensor, value)
+        pack.vector(others).zero_()
+
+
+def test_several_tensors_are_set_aside_in_the_memory_of_their_vectors() -> None:
+    tensors = [torch.randn(3), torch.randn(2, 2)]
+    pack = Pack({"a": (3,), "b": (2, 2)})
+    address = pack.vector(tensors).data_ptr()
+    pack.set_aside(tensors)
+    assert pack.vector(tensors).data_ptr() != address
+    pack.let_go()
+    assert pack.vector(tensors).data_ptr() == address
+    memory = weakref.ref(pack.vector(tensors))
+    pack.free()
+    assert memory() is None

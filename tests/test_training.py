@@ -199,6 +199,20 @@ def test_a_model_converted_after_wrapping_trains_on() -> None:
     assert nonzero(model, ast) == ast.masks.total()
 
 
+def test_a_backward_inside_a_sub_net_block_masks_gradients_and_leaves_the_dense_weights_alone() -> None:
+    model, optimizer, ast = wrapped(method="static")
+    before = snapshot(model)
+    loss = functional.cross_entropy(model(image_batch(0)[0]), image_batch(0)[1])
+    model.norm0.eval(), model.norm1.eval(), model.norm2.eval()
+    with ast.sub_net(ast.active):
+        loss.backward()
+    for name in ast.masks.parameters:
+        assert torch.equal(model.get_parameter(name), before[name])
+        assert not model.get_parameter(name).grad[~ast.masks.get("s50", name)].any()
+    optimizer.step()
+    assert ast.step == 1
+
+
 def test_stepping_inside_a_sub_net_block_is_refused() -> None:
     model, optimizer, ast = wrapped()
     with ast.sub_net("s90"):
