@@ -19,6 +19,7 @@ from ast_plugin.sharding import LastSharded, full, is_sharded, layout_of, local_
 
 _Place = tuple[nn.Module, str]
 
+_COUNTER = "step"  # what torch's optimizers call it
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -97,6 +98,7 @@ class PrivateNormalization:
                 for name in sub_nets
             }
         self._optimizer_states: dict[str, dict[str, Any]] = {name: {} for name in sub_nets}
+        self._loaded: set[str] = set()
 
     def tensors(self) -> list[Tensor]:
         """Return the model's own private tensors, of sharded ones this rank's parts, in the order of `names`."""
@@ -165,6 +167,9 @@ class PrivateNormalization:
     def _bring_in_state(self, optimizer: torch.optim.Optimizer, sub_net: str) -> None:
         entries = self._optimizer_states[sub_net]
         fused = any(group.get("fused") for group in optimizer.param_groups)
+        if sub_net in self._loaded:
+            self._place_counters(optimizer, entries)
+            self._loaded.discard(sub_net)
         for name, parameter in zip(self.parameter_names, self._owners(), strict=True):
             entry = entries.get(name)
             if entry is None and fused:
@@ -231,6 +236,24 @@ class PrivateNormalization:
         self._arriving = _Arrival(coming, optimizer, handed_over=handed_over, carried=self.carried)
         self._finish()
 
+    def _place_counters(self, optimizer: torch.optim.Optimizer, entries: Mapping[str, Any]) -> None:
+        """Move step counters from a file to where the optimizer keeps its own, as its ``load_state_dict`` does.
+
+        Not when they are loaded: an optimizer takes over its saved options, ``fused`` among them, only afterwards.
+        """
+        on_device = {
+            id(parameter): bool(group.get("fused") or group.get("capturable"))
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        for name, parameter in zip(self.parameter_names, self._owners(), strict=True):
+            entry = entries.get(name)
+            if not isinstance(entry, dict) or not on_device.get(id(parameter)):
+                continue
+            counter = entry.get(_COUNTER)
+            if isinstance(counter, Tensor):
+                entry[_COUNTER] = counter.to(device=parameter.device, dtype=torch.float32)
+
     def _fresh_entry(self, name: str) -> Any:
         """Return zeroed optimizer state in the form that other sub-nets have, None if none has any.
 
@@ -243,6 +266,14 @@ class PrivateNormalization:
                     for key, value in entries[name].items()
                 }
         return None
+
+    def start_from_present(self) -> None:
+        """Give every sub-net the tensors that the model carries."""
+        if self.names:
+            state = self.state(self.carried)
+            for name in self._banks:
+                if name != self.carried:
+                    self.load(name, state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the banks of all sub-nets but the carried one, with their optimizer state, as plain containers."""
@@ -261,6 +292,7 @@ class PrivateNormalization:
             self._optimizer_states[name] = {
                 key: self._placed(key, _copied(entry, device=devices[key])) for key, entry in entries.items()
             }
+            self._loaded.add(name)
 
     def _placed(self, name: str, entry: Any) -> Any:
         """Return optimizer state of a private parameter, whole tensors divided among the ranks as the parameter is."""
@@ -305,7 +337,7 @@ def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
 def _copied(value: Any, device: torch.device | None = None) -> Any:
     """Return a copy of nested plain containers with every tensor cloned, tensors with axes moved to `device`."""
     if isinstance(value, Tensor):
-        # Step counters (no axes) stay where the optimizer keeps them: on the CPU unless it is capturable.
+        # Step counters (no axes) are placed when the optimizer gets them: where it wants them depends on its options.
         return value.detach().clone() if device is None or value.dim() == 0 else value.detach().to(device, copy=True)
     if isinstance(value, Mapping):
         return {key: _copied(item, device) for key, item in value.items()}

@@ -106,7 +106,7 @@ class AlternatingSparseTraining(SavedRun):
 
         Raises:
             ConfigError: If there is no such sub-net.
-            ActivationError: If the optimizer steps inside the block.
+            ActivationError: If the optimizer steps inside the block, or the model was wrapped anew after `detach`.
         """
         check_sub_net(name, self.sub_nets)
         with self._events.choose(name):
@@ -268,6 +268,9 @@ class AlternatingSparseTraining(SavedRun):
     def detach(self) -> nn.Module:
         """Remove every hook and return the model, an ordinary dense model with the default's BatchNorm state.
 
+        Nothing trains sub-nets any more. `sub_net`, `materialize` and `save` still apply the masks to the weights that
+        the model has then, until it is wrapped anew.
+
         Raises:
             ActivationError: If a sub-net is on, inside ``with sub_net(...)``.
         """
@@ -276,6 +279,7 @@ class AlternatingSparseTraining(SavedRun):
         if self._attachment is not None:
             self._attachment.remove()
             self._attachment = None
+            self._events.released = True
         self._modes.detach()
         self._parts.gradients.detach()
         self._parts.activation.release()

@@ -32,12 +32,16 @@ class RunState:
         parts: The run's components.
         step: Its step counter.
         metrics: Measured figures by sub-net; changed in place by `restore`.
+
+    Attributes:
+        restored: Whether the run goes on from a saved state.
     """
 
     def __init__(self, parts: RunParts, step: TrainingStep, metrics: dict[str, dict[str, float]]) -> None:
         self._parts = parts
         self._step = step
         self._metrics = metrics
+        self.restored = False
 
     def collect(self, *, whole: bool = False) -> dict[str, Any]:
         """Return the state of the run at rest: plain containers and tensors; masks packed, eight weights a byte.
@@ -109,6 +113,7 @@ class RunState:
         parts.reference.load_state_dict(self._parts_of_reference(state["reference"]))
         parts.statistics.load_state_dict(state["statistics"])
         self._metrics.update(metrics)
+        self.restored = True
         self._step.restore(number, last_steps)
 
     def _reference(self) -> dict[str, Any]:

@@ -170,6 +170,23 @@ def test_a_saved_state_brings_every_bank_back() -> None:
     assert torch.equal(twin.state("b")["norm0.weight"], torch.full((8,), 3.0))
 
 
+@pytest.mark.parametrize("options", [{}, {"capturable": True}])
+def test_counters_of_a_saved_state_go_where_the_optimizer_keeps_its_own(options: dict[str, bool]) -> None:
+    model = conv_net().to("meta")
+    private = PrivateNormalization(model, ("a", "b"), "a")
+    state = private.state_dict()
+    entry = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(8), "exp_avg_sq": torch.zeros(8)}
+    state["optimizer"]["b"] = {"norm0.weight": entry}
+    private.load_state_dict(state)
+    # Made afterwards: a checkpoint's own options come with the optimizer, when the state of the run is there already.
+    optimizer = torch.optim.Adam(model.parameters(), **options)
+    private.hand_over(optimizer, "b")
+    found = optimizer.state[model.norm0.weight]
+    assert found["step"].device.type == ("meta" if options else "cpu")
+    assert found["exp_avg"].device.type == "meta"
+    assert entry["step"].device.type == "cpu"
+
+
 @pytest.mark.parametrize("moment", range(8))
 def test_an_exchange_that_is_cut_off_leaves_every_sub_net_its_own_state(
     moment: int, monkeypatch: pytest.MonkeyPatch
