@@ -15,36 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.errors import ActivationError
+from ast_plugin.norm_layers import batch_norm_modules
 from ast_plugin.sharding import LastSharded, full, is_sharded, layout_of, local_part
 
 _Place = tuple[nn.Module, str]
 
 _COUNTER = "step"  # what torch's optimizers call it
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-def batch_norm_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the norms of `model` that every sub-net has its own of, by name.
-
-    They are the BatchNorms, of any dimension, synchronised ones and subclasses too, and whatever else learns and keeps
-    running statistics of its own: instance norms that track them, batch norms of other libraries that derive from no
-    class of torch. A frozen one that has statistics but nothing to learn is not among them.
-    """
-    modules = model.named_modules()
-    return {name: module for name, module in modules if is_batch_norm(module) or _keeps_statistics(module)}
-
-
-def is_batch_norm(module: nn.Module) -> bool:
-    """Return whether a module is one of torch's BatchNorms, or of a class derived from them."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)
-
-
-def _keeps_statistics(module: nn.Module) -> bool:
-    if all(module._buffers.get(name) is None for name in ("running_mean", "running_var")):
-        return False
-    learnt = [parameter for parameter in module._parameters.values() if parameter is not None]
-    in_torch = isinstance(module, nn.modules.batchnorm._NormBase)
-    return in_torch or (bool(learnt) and all(parameter.ndim <= 1 for parameter in learnt))
 
 
 class PrivateNormalization:
@@ -191,6 +168,26 @@ class PrivateNormalization:
         for name, layout in self._layouts.items():
             copies[name] = layout.join(copies[name])
         return copies
+
+    def move_towards(self, other: PrivateNormalization, sub_net: str, share: float) -> None:
+        """Move a sub-net's tensors towards those that it has elsewhere: ``own + share * (other - own)``, in place.
+
+        Args:
+            other: Of the same network, on any device and in any dtype, whole as this one.
+            sub_net: Whose tensors.
+            share: In [0, 1]. Counts are taken over.
+        """
+        other._finish()
+        own, others = (n.tensors() if sub_net == n.carried else n._banks[sub_net] for n in (self, other))
+        with torch.inference_mode(False), torch.no_grad():
+            others = [theirs.to(mine.device, mine.dtype) for mine, theirs in zip(own, others, strict=True)]
+            averaged = [tensor.is_floating_point() for tensor in own]
+            for floating in (True, False):
+                mine, theirs = ([t for t, f in zip(ts, averaged, strict=True) if f == floating] for ts in (own, others))
+                if mine and floating:
+                    torch._foreach_lerp_(mine, theirs, share)
+                elif mine:
+                    torch._foreach_copy_(mine, theirs)
 
     def load(self, sub_net: str, state: Mapping[str, Tensor]) -> None:
         """Set the private tensors of `sub_net` in place from `state`, which must hold all of `names`."""

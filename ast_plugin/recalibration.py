@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.errors import ConfigError
-from ast_plugin.normalization import batch_norm_modules, is_batch_norm
+from ast_plugin.norm_layers import batch_norm_modules, is_batch_norm
 
 Forward = Callable[[nn.Module, Any], Any]
 

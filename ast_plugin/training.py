@@ -235,7 +235,7 @@ class AlternatingSparseTraining(SavedRun):
                 "twin() puts whole masks on a model, and every rank holds a part of them here; save() the run and load "
                 "the file beside the other model"
             )
-        return Twin(model, self)
+        return Twin(model, self, self._parts.normalization)
 
     def synchronize_normalization(self) -> None:
         """Average the running BatchNorm statistics of every sub-net over all ranks.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ast_plugin.activation import MaskedActivation
 from ast_plugin.attachment import is_attached
-from ast_plugin.errors import ActivationError, StateError, WrapError
+from ast_plugin.errors import ActivationError, ConfigError, StateError, WrapError
 from ast_plugin.masks import MaskStore
 from ast_plugin.normalization import PrivateNormalization
 from ast_plugin.packed_masks import PackedMasks
@@ -40,7 +40,7 @@ class Twin:
         model: The model as it was given.
     """
 
-    def __init__(self, model: nn.Module, run: AlternatingSparseTraining) -> None:
+    def __init__(self, model: nn.Module, run: AlternatingSparseTraining, normalization: PrivateNormalization) -> None:
         if not isinstance(model, nn.Module):
             raise WrapError(f"a twin must be a torch.nn.Module, got {type(model).__name__}")
         if is_attached(model):
@@ -50,6 +50,7 @@ class Twin:
             )
         self.model = model
         self._run = run
+        self._followed = normalization
         self._bare = _matching_part(model, run.masks.shapes)
         self._parameters = ParameterSlots(self._bare, run.masks.parameters)
         self._masks = MaskStore(run.sub_nets, run.masks.shapes)
@@ -94,16 +95,31 @@ class Twin:
             if self._chosen:
                 self._put_on(self._chosen[-1])
 
-    def update(self, average: Average | None = None) -> None:
+    def update(self, average: Average | None = None, *, decay: float | None = None) -> None:
         """Let the BatchNorm of the sub-nets other than the default follow the run; the default's is in the model.
 
-        Call it whenever the average itself is updated. The first call takes the run's state over, as
-        `torch.optim.swa_utils.AveragedModel` does.
+        Call it whenever the average itself is updated.
 
         Args:
             average: From the averaged tensor, the present one and the number of updates before to the new average: what
-                ``get_ema_avg_fn`` and ``get_swa_avg_fn`` of `torch.optim.swa_utils` return. None: the present state.
+                ``get_ema_avg_fn`` and ``get_swa_avg_fn`` of `torch.optim.swa_utils` return. The first call takes the
+                run's state over, as `torch.optim.swa_utils.AveragedModel` does. None: the present state.
+            decay: Instead of a function, the share in [0, 1] that an exponential moving average keeps of itself, from
+                the first call on; all tensors are averaged together, which takes a small part of the time.
+
+        Raises:
+            ConfigError: If both are given, or `decay` is no such share.
         """
+        if decay is not None:
+            if average is not None or not 0 <= decay <= 1:
+                raise ConfigError(
+                    f"decay must lie in [0, 1] and stand alone, got decay={decay!r}, average={average!r}; give either "
+                    "a decay or a function"
+                )
+            for name in self._others():
+                self._normalization.move_towards(self._followed, name, 1 - decay)
+            self._updates += 1
+            return
         with torch.no_grad():
             for name in self._others():
                 kept = self._normalization.state(name)

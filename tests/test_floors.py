@@ -39,6 +39,7 @@ FLOORS = {
     "sharding": 1,
     "masks": 2,
     "methods": 2,
+    "norm_layers": 2,
     "normalization": 2,
     "packed_masks": 2,
     "parameters": 2,

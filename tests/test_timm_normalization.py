@@ -13,7 +13,8 @@ from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from ast_plugin.integrations.timm import wrap
-from ast_plugin.normalization import PrivateNormalization, batch_norm_modules
+from ast_plugin.norm_layers import batch_norm_modules
+from ast_plugin.normalization import PrivateNormalization
 from ast_plugin.recalibration import recalibrate
 
 pytestmark = pytest.mark.extra("timm")
