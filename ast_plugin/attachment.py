@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
@@ -42,6 +43,9 @@ class TrainingEvents(Protocol):
     def end_of_backward_unseen(self) -> None:
         """The output of a training forward holds no tensor that could tell of backward."""
 
+    def graph_dropped(self, passed: Any) -> None:
+        """Nothing is left through which backward could go: outputs of a forward that returned `passed` are gone."""
+
     def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """The optimizer is about to step. May return the arguments to call its step with instead."""
 
@@ -54,8 +58,14 @@ class TrainingEvents(Protocol):
     def after_state_access(self) -> None:
         """A state dict of the model has been read."""
 
+    def before_part_access(self) -> None:
+        """A part of the model is about to be copied, or its state dict to be read."""
+
     def before_load(self) -> None:
-        """A state dict of the model is about to be loaded."""
+        """A state dict of the model, or of a part, is about to be loaded."""
+
+    def after_load(self) -> None:
+        """A state dict of the model, or of a part, has been loaded."""
 
     def add_state(self, state_dict: dict[str, Any]) -> None:
         """Add to the optimizer's state dict, in place."""
@@ -107,7 +117,16 @@ class Attachment:
                 module.register_state_dict_post_hook(hook(self._after_state_access)),
                 module.register_load_state_dict_pre_hook(hook(self._before_load)),
             ]
+        part = functools.partial(_ModelHook, before_copy=events.before_part_access)
+        for module in model.modules():
+            if module not in (called, model, bare):
+                self._handles += [
+                    module.register_state_dict_pre_hook(part(lambda *_: events.before_part_access())),
+                    module.register_load_state_dict_pre_hook(part(self._before_load)),
+                ]
+            self._handles.append(module.register_load_state_dict_post_hook(part(self._after_load)))
         self._stateful = (called, model, bare)
+        self._loading: nn.Module | None = None
         # Not all that the outermost module holds: a teacher or a moving average beside the network is free.
         self._claimed = (optimizer, called, *model.modules())
         _attached.update(self._claimed)
@@ -150,17 +169,26 @@ class Attachment:
             self._events.after_state_access()
 
     def _before_load(self, module: nn.Module, *_: Any) -> None:
-        if module in self._stateful:
+        if self._loading is None or module in self._stateful:  # what is inside is loaded with it
+            self._loading = module
             self._events.before_load()
+
+    def _after_load(self, module: nn.Module, *_: Any) -> None:
+        if module is self._loading:
+            self._loading = None
+            self._events.after_load()
 
     def _report_backward(self, output: Any, passed: object) -> None:
         tensors = [tensor for tensor in _tensors(output) if tensor.requires_grad]
-        for tensor in tensors:
-            tensor.register_hook(functools.partial(self._backward_began, passed))
         if not tensors:
             self._events.end_of_backward_unseen()
+            return
+        began = _BackwardBegan(self._backward_began, passed)
+        weakref.finalize(began, self._events.graph_dropped, passed).atexit = False
+        for tensor in tensors:
+            tensor.register_hook(began)
 
-    def _backward_began(self, passed: object, _: Tensor) -> None:
+    def _backward_began(self, passed: object) -> None:
         # From the outermost graph: queued inside a nested backward (reentrant checkpointing) it would come early.
         backward = current_backward()
         if self._backward != backward:  # several outputs, or several forwards, in one backward
@@ -175,6 +203,16 @@ def current_backward() -> int:
     return torch._C._current_graph_task_id()
 
 
+def is_stepping(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether this is called from within the optimizer's step, and not after one that was broken off."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def is_attached(thing: nn.Module | torch.optim.Optimizer) -> bool:
     """Return whether an optimizer or some part of a model belongs to a controller already."""
     if isinstance(thing, nn.Module):
@@ -186,6 +224,17 @@ def _is_compiled_in(model: nn.Module, called: nn.Module) -> bool:
     """Return whether a hook on `model` would stand inside a compiled graph of `called`, and break it in two."""
     compiled = [module for module in called.modules() if module is not model and hasattr(module, "_orig_mod")]
     return any(inner is model for module in compiled for inner in module.modules())
+
+
+class _BackwardBegan:
+    """A hook on the outputs of one forward; it lives as long as the graph behind any of them."""
+
+    def __init__(self, report: Callable[[object], None], passed: object) -> None:
+        self._report = report
+        self._passed = passed
+
+    def __call__(self, _: Tensor) -> None:
+        self._report(self._passed)
 
 
 class _EndOfBackward:

@@ -92,6 +92,8 @@ def run_report(args: argparse.Namespace) -> int:
     if args.html is not None:
         _check_other_file("--html", args.html, args.file)
     if args.file.suffix == ".json":
+        if args.file.exists() and not (args.file.is_file() or args.file.is_dir()):
+            raise StateError(f"{str(args.file)!r} is no regular file; give a report.json, or an elastic file")
         try:
             values = json.loads(args.file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ast_plugin.checkpoint import save_archive
 from ast_plugin.errors import ConfigError, ElasticFileError, missing_extra
 from ast_plugin.files import atomic_write
 from ast_plugin.slots import bare_model, plain_name
@@ -69,7 +70,7 @@ def export_state_dict(source: SubNetSource, name: str, path: str | os.PathLike[s
     if suffix != ".safetensors":
 
         def write(temporary: Path) -> None:
-            torch.save(state, temporary)
+            save_archive(state, temporary)
 
     else:
 

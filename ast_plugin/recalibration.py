@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.errors import ConfigError
-from ast_plugin.normalization import batch_norm_modules, is_batch_norm
+from ast_plugin.norm_layers import batch_norm_modules, is_batch_norm
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -20,7 +20,8 @@ def recalibrate_each(
     model: nn.Module,
     loader: Iterable[Any],
     *,
-    sub_nets: Sequence[str],
+    sub_nets: Iterable[str] | str | None,
+    known: Sequence[str],
     put_on: Callable[[str], contextlib.AbstractContextManager[Any]],
     private: bool,
     forward: Forward | None = None,
@@ -31,7 +32,8 @@ def recalibrate_each(
     Args:
         model: The model.
         loader: Batches; iterated once a sub-net.
-        sub_nets: Which ones.
+        sub_nets: Which ones, or the name of one; None takes all.
+        known: All of them.
         put_on: Makes the model a sub-net for the length of a ``with`` block.
         private: Whether each has BatchNorm statistics of its own.
         forward: As in `recalibrate`.
@@ -40,17 +42,18 @@ def recalibrate_each(
     Raises:
         ConfigError: If several sub-nets share statistics, or the loader is used up before the last.
     """
-    if len(sub_nets) > 1 and not private and batch_norm_modules(model):
+    chosen = (sub_nets,) if isinstance(sub_nets, str) else tuple(known if sub_nets is None else sub_nets)
+    if len(chosen) > 1 and not private and batch_norm_modules(model):
         raise ConfigError(
-            f"sub_nets={tuple(sub_nets)} share one set of BatchNorm statistics, because private_normalization is "
+            f"sub_nets={chosen} share one set of BatchNorm statistics, because private_normalization is "
             "False; recalibrate for one sub-net at a time, right before it is used"
         )
-    if len(sub_nets) > 1 and iter(loader) is loader:
+    if len(chosen) > 1 and iter(loader) is loader:
         raise ConfigError(
-            f"loader must be iterable once for each of {len(sub_nets)} sub-nets, and a {type(loader).__name__} is "
+            f"loader must be iterable once for each of {len(chosen)} sub-nets, and a {type(loader).__name__} is "
             "used up after one; pass a DataLoader or a list"
         )
-    for name in sub_nets:
+    for name in chosen:
         with put_on(name):
             recalibrate(model, loader, forward=forward, max_batches=max_batches)
 

@@ -167,6 +167,12 @@ class Report:
             )
         given = {name: value for name, value in values.items() if name not in ("format", "version")}
         report: Report = from_plain(cls, given, where="report")
+        count = len(report.sub_nets)
+        if report.overlap and {len(report.overlap), *map(len, report.overlap)} != {count}:
+            raise StateError(
+                f"report.overlap must have {count} rows and columns, one a sub-net; use a report that ast-plugin "
+                "wrote, unchanged"
+            )
         return report
 
     def render_terminal(self, *, layers: bool = False, width: int | None = None, color: bool | None = None) -> str:

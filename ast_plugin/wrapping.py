@@ -235,6 +235,7 @@ def _build(
     updater = MaskUpdater(config, plans, method=method, distribution=distribution, masks=masks)
     normalization = PrivateNormalization(bare, names, default, enabled=config.private_normalization)
     _check_private_in_optimizer(optimizer, bare, normalization.parameter_names)
+    _check_first_momentum(optimizer, normalization.parameter_names)
     normalization.adopt_optimizer_state(optimizer)
     packed = PackedMasks(local, local_masks)
     gradients = GradientMasks(local, local_masks, packed, owners=parameters)
@@ -307,6 +308,17 @@ def _check_private_in_optimizer(optimizer: torch.optim.Optimizer, model: nn.Modu
             raise SelectionError(
                 f"the optimizer does not train {name!r}, a BatchNorm parameter that every sub-net has its own of; "
                 "train it with this optimizer, freeze it, or share BatchNorm with private_normalization=False"
+            )
+
+
+def _check_first_momentum(optimizer: torch.optim.Optimizer, private: Sequence[str]) -> None:
+    """Refuse the one optimizer whose first step differs from a step with zeroed state, which fused ones are given."""
+    for group in optimizer.param_groups:
+        if private and group.get("fused") and group.get("momentum") and group.get("dampening"):
+            raise WrapError(
+                f"{type(optimizer).__name__} with fused=True and dampening={group['dampening']:g} would damp the first "
+                "step of every sub-net's BatchNorm parameters, which no optimizer damps; use fused=False, dampening=0, "
+                "or private_normalization=False"
             )
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -116,8 +117,8 @@ def test_a_failing_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     export_state_dict(FakeTraining(), "s80", path)
     before = path.read_bytes()
 
-    def full(state: object, file: Path) -> None:
-        Path(file).write_bytes(b"part")
+    def full(state: object, file: BinaryIO) -> None:
+        file.write(b"part")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
@@ -125,6 +126,12 @@ def test_a_failing_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         export_state_dict(FakeTraining(), "s50", path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["s80.pt"]
+
+
+def test_the_name_of_a_file_is_not_in_its_bytes(tmp_path: Path) -> None:
+    export_state_dict(FakeTraining(), "s80", tmp_path / "one.pt")
+    export_state_dict(FakeTraining(), "s80", tmp_path / "another.pt")
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "another.pt").read_bytes()
 
 
 class TiedSource:

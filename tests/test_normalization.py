@@ -10,62 +10,7 @@ import torch
 from networks import assert_same, conv_net, mlp, sgd
 from torch import nn
 
-from ast_plugin.normalization import PrivateNormalization, batch_norm_modules
-
-
-def test_every_kind_of_batch_norm_is_found_and_layer_norm_is_not() -> None:
-    model = nn.ModuleDict(
-        {
-            "one": nn.BatchNorm1d(4),
-            "two": nn.SyncBatchNorm(4),
-            "plain": nn.BatchNorm2d(4, affine=False),
-            "batch": nn.BatchNorm2d(4, track_running_stats=False),
-            "layer": nn.LayerNorm(4),
-            "instance": nn.InstanceNorm2d(4, affine=True),
-        }
-    )
-    assert list(batch_norm_modules(model)) == ["one", "two", "plain", "batch"]
-    names = PrivateNormalization(model, ("a", "b"), "a").names
-    assert {name for name in names if name.startswith("plain.")} == {
-        "plain.running_mean",
-        "plain.running_var",
-        "plain.num_batches_tracked",
-    }
-    assert {name for name in names if name.startswith("batch.")} == {"batch.weight", "batch.bias"}
-
-
-class ForeignNorm(nn.Module):
-    """Stands for a batch norm of another library that derives from no class of torch."""
-
-    def __init__(self, *, learns: bool = True, extra: torch.Tensor | None = None) -> None:
-        super().__init__()
-        self.momentum = 0.1
-        if learns:
-            self.weight = nn.Parameter(torch.ones(4))
-            self.v = nn.Parameter(torch.ones(4))
-        if extra is not None:
-            self.extra = nn.Parameter(extra)
-        self.register_buffer("running_var", torch.ones(4))
-
-
-def test_norms_of_other_libraries_are_private_where_they_learn_and_keep_statistics() -> None:
-    model = nn.ModuleDict(
-        {
-            "foreign": ForeignNorm(),
-            "frozen": ForeignNorm(learns=False),
-            "layer": ForeignNorm(extra=torch.zeros(4, 4)),  # more than a norm
-            "instance": nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
-            "untracked": nn.InstanceNorm2d(4, affine=True),
-            "group": nn.GroupNorm(2, 4),
-        }
-    )
-    assert list(batch_norm_modules(model)) == ["foreign", "instance"]
-    assert set(PrivateNormalization(model, ("a", "b"), "a").names) == {
-        "foreign.weight",
-        "foreign.v",
-        "foreign.running_var",
-        *(f"instance.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
-    }
+from ast_plugin.normalization import PrivateNormalization
 
 
 def test_a_matrix_in_a_batch_norm_stays_shared() -> None:
@@ -168,6 +113,23 @@ def test_a_saved_state_brings_every_bank_back() -> None:
     twin.load_state_dict(private.state_dict())
     assert_same(twin.state_dict(), private.state_dict())
     assert torch.equal(twin.state("b")["norm0.weight"], torch.full((8,), 3.0))
+
+
+@pytest.mark.parametrize("options", [{}, {"capturable": True}])
+def test_counters_of_a_saved_state_go_where_the_optimizer_keeps_its_own(options: dict[str, bool]) -> None:
+    model = conv_net().to("meta")
+    private = PrivateNormalization(model, ("a", "b"), "a")
+    state = private.state_dict()
+    entry = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(8), "exp_avg_sq": torch.zeros(8)}
+    state["optimizer"]["b"] = {"norm0.weight": entry}
+    private.load_state_dict(state)
+    # Made afterwards: a checkpoint's own options come with the optimizer, when the state of the run is there already.
+    optimizer = torch.optim.Adam(model.parameters(), **options)
+    private.hand_over(optimizer, "b")
+    found = optimizer.state[model.norm0.weight]
+    assert found["step"].device.type == ("meta" if options else "cpu")
+    assert found["exp_avg"].device.type == "meta"
+    assert entry["step"].device.type == "cpu"
 
 
 @pytest.mark.parametrize("moment", range(8))

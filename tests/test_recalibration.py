@@ -100,7 +100,16 @@ def test_a_loader_that_fails_or_is_empty_leaves_the_old_statistics() -> None:
 
 
 def test_a_model_without_batch_norm_is_left_alone() -> None:
-    recalibrate(mlp(), iter(()))
+    model = mlp()
+    before = snapshot(model)
+
+    def unread() -> Any:
+        raise AssertionError("there is nothing to estimate")
+        yield
+
+    recalibrate(model, unread())
+    assert_same(before, snapshot(model))
+    assert model.training
 
 
 def test_batches_are_fed_as_most_loaders_give_them() -> None:

@@ -16,6 +16,7 @@ from networks import assert_same, conv_net, image_batch, mlp, sgd, snapshot, tra
 from torch import Tensor, nn
 
 import ast_plugin
+from ast_plugin.attachment import is_attached
 from ast_plugin.wrapping import ASTOptions
 
 
@@ -321,3 +322,18 @@ def test_a_copy_that_outermost_holds_beside_the_network_may_be_its_twin() -> Non
     ast = ast_plugin.wrap(sgd(network), network, outermost=task, sparsities=(0.5, 0.9), method="static")
     with ast.twin(task.average).sub_net("s90") as average, ast.sub_net("s90"):
         assert_same(snapshot(network), snapshot(average))
+
+
+@pytest.mark.parametrize(("fused", "dampening"), [(True, 0.1), (True, 0.0), (False, 0.1)])
+def test_a_fused_step_that_would_damp_the_first_momentum_of_batch_norm_is_refused(
+    fused: bool, dampening: float
+) -> None:
+    model = conv_net()
+    optimizer = sgd(model, fused=fused, dampening=dampening)
+    if fused and dampening:
+        with pytest.raises(ast_plugin.WrapError, match=r"fused=True and dampening=0\.1 would damp the first step"):
+            wrapped(model, optimizer)
+        assert not is_attached(model)
+        wrapped(model, optimizer, private_normalization=False)
+    else:
+        wrapped(model, optimizer)

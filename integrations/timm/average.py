@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ast_plugin.distributed import average_over_ranks, ranks
 from ast_plugin.errors import ConfigError
@@ -57,7 +57,7 @@ class RunAverage:
         def update_both(*args: Any, **options: Any) -> Any:
             result = update(*args, **options)
             step = options.get("step", args[1] if len(args) > 1 else None)
-            self.twin.update(_moving_average(_decay(holder, step)))
+            self.twin.update(decay=_decay(holder, step))
             return result
 
         object.__setattr__(holder, "update", update_both)
@@ -94,10 +94,3 @@ def _decay(holder: Any, step: Any) -> float:
     # The third version warms the decay up; older ones have a constant.
     get_decay = getattr(holder, "get_decay", None)
     return float(get_decay(step) if callable(get_decay) else holder.decay)
-
-
-def _moving_average(decay: float) -> Any:
-    def average(averaged: Tensor, present: Tensor, _: int) -> Tensor:
-        return averaged.lerp(present, 1 - decay)
-
-    return average

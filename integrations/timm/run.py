@@ -22,7 +22,6 @@ from ast_plugin.errors import ActivationError, ConfigError, StateError
 from ast_plugin.integrations.timm.average import RunAverage
 from ast_plugin.integrations.timm.evaluation import merged, split_metric
 from ast_plugin.integrations.timm.flags import Settings
-from ast_plugin.integrations.timm.library import wrap
 from ast_plugin.integrations.timm.networks import network_in
 from ast_plugin.integrations.timm.outputs import write_outputs
 from ast_plugin.integrations.timm.selection import TimmSelection
@@ -39,6 +38,7 @@ from ast_plugin.slots import bare_model
 from ast_plugin.training import AlternatingSparseTraining
 from ast_plugin.training_exchange import with_plain_entries
 from ast_plugin.training_state import KEY
+from ast_plugin.wrapping import wrap
 
 _logger = logging.getLogger("ast_plugin.timm")
 
@@ -154,7 +154,8 @@ class TimmRun:
         self._network = network = network_in(model)
         # Inside its wrappers, where they do nothing but compile and distribute: hooks stay out of compiled graphs.
         given = model if bare_model(model) is network else network
-        self.ast = ast = wrap(optimizer, given, config, outermost=model if task is None else task)
+        called = model if task is None else task
+        self.ast = ast = wrap(optimizer, given, config, outermost=called, plugins=[TimmSelection()])
         if state:
             try:
                 ast.load_state_dict(state[KEY])
