@@ -8,11 +8,10 @@ methods.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ast_plugin.normalization import PrivateNormalization
 from ast_plugin.packed_masks import PackedMasks
@@ -48,7 +47,6 @@ class MaskedActivation:
     def __init__(self, masks: PackedMasks, normalization: PrivateNormalization) -> None:
         self._masks = masks
         self._normalization = normalization
-        self._saved: dict[Pack, list[Tensor]] = {}
         self._covered: list[Pack] = []
         self._worn: str | None = None
 
@@ -70,10 +68,9 @@ class MaskedActivation:
                     parameters = self._masks.parameters(pack)
                     kept = self._masks.kept(sub_net, pack, parameters)
                     if not kept.everything:
-                        torch._foreach_copy_(self._room(pack, parameters), parameters)
+                        pack.set_aside(parameters)
                         self._covered.append(pack)
-                        kept.keep_only_(pack.vector(parameters))
-                        pack.write(parameters)
+                        pack.put_masked(kept, parameters)
                 self._normalization.carry(sub_net)
             _forget_autocast_copies()
         except BaseException:
@@ -87,25 +84,18 @@ class MaskedActivation:
         with torch.inference_mode(False), torch.no_grad():
             while self._covered:
                 pack = self._covered[-1]
-                torch._foreach_copy_(self._masks.parameters(pack), self._saved[pack])
+                pack.bring_back(self._masks.parameters(pack))
                 self._covered.pop()
+                pack.let_go()
             self._normalization.carry(self._normalization.default)
         self._worn = None
         _forget_autocast_copies()
 
-    def _room(self, pack: Pack, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Return memory for the dense values, the same at every step; packs are new ones where dtypes change."""
-        saved = self._saved.get(pack)
-        if saved is None:
-            known = self._masks.packs
-            self._saved = {pack: rooms for pack, rooms in self._saved.items() if pack in known}
-            saved = self._saved[pack] = [torch.empty_like(p, requires_grad=False) for p in parameters]
-        return saved
-
     def release(self) -> None:
         """Take the sub-net off and free the copies."""
         self.take_off()
-        self._saved.clear()
+        for pack in self._masks.packs:
+            pack.free()
 
 
 class ShardedActivation(MaskedActivation):

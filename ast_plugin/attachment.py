@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
@@ -42,6 +43,9 @@ class TrainingEvents(Protocol):
     def end_of_backward_unseen(self) -> None:
         """The output of a training forward holds no tensor that could tell of backward."""
 
+    def graph_dropped(self, passed: Any) -> None:
+        """Nothing is left through which backward could go: outputs of a forward that returned `passed` are gone."""
+
     def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """The optimizer is about to step. May return the arguments to call its step with instead."""
 
@@ -54,8 +58,14 @@ class TrainingEvents(Protocol):
     def after_state_access(self) -> None:
         """A state dict of the model has been read."""
 
+    def before_part_access(self) -> None:
+        """A part of the model is about to be copied, or its state dict to be read."""
+
     def before_load(self) -> None:
-        """A state dict of the model is about to be loaded."""
+        """A state dict of the model, or of a part, is about to be loaded."""
+
+    def after_load(self) -> None:
+        """A state dict of the model, or of a part, has been loaded."""
 
     def add_state(self, state_dict: dict[str, Any]) -> None:
         """Add to the optimizer's state dict, in place."""
@@ -68,36 +78,57 @@ class Attachment:
     """The registered hooks of one controller.
 
     Args:
-        model: The outermost module that the training loop calls.
-        bare: The module inside its wrappers, whose state dict may be asked for; `model` where there are none.
+        called: The outermost module that the training loop calls.
+        model: The network inside it, which evaluation may call by itself; `called` where nothing is around it.
+        bare: The module inside wrappers for compilation and data-parallel use, whose state dict may be asked for.
         optimizer: The torch optimizer whose ``step`` really runs.
         events: Who is told.
     """
 
     def __init__(
-        self, model: nn.Module, bare: nn.Module, optimizer: torch.optim.Optimizer, events: TrainingEvents
+        self,
+        called: nn.Module,
+        model: nn.Module,
+        bare: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        events: TrainingEvents,
     ) -> None:
+        self._called = called
         self._model = model
+        self._inside = False
         self._events = events
         self._backward = NO_BACKWARD
         hook = functools.partial(_ModelHook, before_copy=events.before_state_access)
         self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(hook(_uncompiled(self._before_forward)), prepend=True),
-            model.register_forward_hook(hook(_uncompiled(self._after_forward)), always_call=True),
             optimizer.register_step_pre_hook(_uncompiled(lambda _, args, kwargs: events.before_step(args, kwargs))),
             optimizer.register_step_post_hook(_uncompiled(lambda *_: events.after_step())),
             optimizer.register_state_dict_pre_hook(lambda _: events.before_state_access()),
             optimizer.register_state_dict_post_hook(lambda _, state: events.add_state(state)),
             optimizer.register_load_state_dict_pre_hook(lambda _, state: events.take_state(state)),
         ]
-        for module in {model, bare}:
+        for module in {called, model} if called is model or not _is_compiled_in(model, called) else {called}:
+            self._handles += [
+                module.register_forward_pre_hook(hook(_uncompiled(self._before_forward)), prepend=True),
+                module.register_forward_hook(hook(_uncompiled(self._after_forward)), always_call=True),
+            ]
+        for module in {called, model, bare}:
             self._handles += [
                 module.register_state_dict_pre_hook(hook(self._before_state_access)),
                 module.register_state_dict_post_hook(hook(self._after_state_access)),
                 module.register_load_state_dict_pre_hook(hook(self._before_load)),
             ]
-        self._stateful = (model, bare)
-        self._claimed = (optimizer, *model.modules())
+        part = functools.partial(_ModelHook, before_copy=events.before_part_access)
+        for module in model.modules():
+            if module not in (called, model, bare):
+                self._handles += [
+                    module.register_state_dict_pre_hook(part(lambda *_: events.before_part_access())),
+                    module.register_load_state_dict_pre_hook(part(self._before_load)),
+                ]
+            self._handles.append(module.register_load_state_dict_post_hook(part(self._after_load)))
+        self._stateful = (called, model, bare)
+        self._loading: nn.Module | None = None
+        # Not all that the outermost module holds: a teacher or a moving average beside the network is free.
+        self._claimed = (optimizer, called, *model.modules())
         _attached.update(self._claimed)
 
     def remove(self) -> None:
@@ -110,14 +141,24 @@ class Attachment:
         self._handles.clear()
 
     def _before_forward(self, module: nn.Module, *_: Any) -> None:
-        if module is self._model:
+        if self._is_outermost(module):
+            self._inside = module is self._called
             self._events.before_forward()
 
     def _after_forward(self, module: nn.Module, _: Any, output: Any) -> None:
-        if module is self._model:
+        if module is self._called:
+            self._inside = False
+        if self._is_outermost(module):
             passed = self._events.after_forward(output is None)
             if passed is not None:
                 self._report_backward(output, passed)
+
+    def _is_outermost(self, module: nn.Module) -> bool:
+        """Return whether a forward is one to act on: of the called module, or of the network evaluated by itself."""
+        if module is self._called:
+            return True
+        training = module.training and torch.is_grad_enabled()
+        return module is self._model and not self._inside and not training
 
     def _before_state_access(self, module: nn.Module, *_: Any) -> None:
         if module in self._stateful:
@@ -128,17 +169,26 @@ class Attachment:
             self._events.after_state_access()
 
     def _before_load(self, module: nn.Module, *_: Any) -> None:
-        if module in self._stateful:
+        if self._loading is None or module in self._stateful:  # what is inside is loaded with it
+            self._loading = module
             self._events.before_load()
+
+    def _after_load(self, module: nn.Module, *_: Any) -> None:
+        if module is self._loading:
+            self._loading = None
+            self._events.after_load()
 
     def _report_backward(self, output: Any, passed: object) -> None:
         tensors = [tensor for tensor in _tensors(output) if tensor.requires_grad]
-        for tensor in tensors:
-            tensor.register_hook(functools.partial(self._backward_began, passed))
         if not tensors:
             self._events.end_of_backward_unseen()
+            return
+        began = _BackwardBegan(self._backward_began, passed)
+        weakref.finalize(began, self._events.graph_dropped, passed).atexit = False
+        for tensor in tensors:
+            tensor.register_hook(began)
 
-    def _backward_began(self, passed: object, _: Tensor) -> None:
+    def _backward_began(self, passed: object) -> None:
         # From the outermost graph: queued inside a nested backward (reentrant checkpointing) it would come early.
         backward = current_backward()
         if self._backward != backward:  # several outputs, or several forwards, in one backward
@@ -153,11 +203,38 @@ def current_backward() -> int:
     return torch._C._current_graph_task_id()
 
 
+def is_stepping(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether this is called from within the optimizer's step, and not after one that was broken off."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def is_attached(thing: nn.Module | torch.optim.Optimizer) -> bool:
     """Return whether an optimizer or some part of a model belongs to a controller already."""
     if isinstance(thing, nn.Module):
         return any(module in _attached for module in thing.modules())
     return thing in _attached
+
+
+def _is_compiled_in(model: nn.Module, called: nn.Module) -> bool:
+    """Return whether a hook on `model` would stand inside a compiled graph of `called`, and break it in two."""
+    compiled = [module for module in called.modules() if module is not model and hasattr(module, "_orig_mod")]
+    return any(inner is model for module in compiled for inner in module.modules())
+
+
+class _BackwardBegan:
+    """A hook on the outputs of one forward; it lives as long as the graph behind any of them."""
+
+    def __init__(self, report: Callable[[object], None], passed: object) -> None:
+        self._report = report
+        self._passed = passed
+
+    def __call__(self, _: Tensor) -> None:
+        self._report(self._passed)
 
 
 class _EndOfBackward:

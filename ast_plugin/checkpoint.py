@@ -128,12 +128,32 @@ def write_checkpoint(path: str | os.PathLike[str], entries: Mapping[str, Any]) -
 
     def write(temporary: Path) -> None:
         try:
-            _save(contents, temporary)
+            save_archive(contents, temporary)
             torch.load(temporary, map_location="cpu", mmap=True, weights_only=True)  # maps tensors, reads none
         except _UNPLAIN as error:
             raise _not_plain({**states, **values}) or error from error
 
     atomic_write(path, write)
+
+
+def save_archive(contents: Any, path: Path) -> None:
+    """Write what `torch.save` writes, without the name of the file in it: two equal runs write equal bytes.
+
+    A resumed run writes equal values, not equal bytes: pickle also keeps which of its strings are one object.
+    Checksums are written also where they were switched off for the sake of speed.
+
+    Args:
+        contents: What to write.
+        path: The file.
+    """
+    computed = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        # Given a path, torch takes its last part for the folder in the archive that everything lies in.
+        with path.open("wb") as file:
+            torch.save(contents, file)
+    finally:
+        torch.serialization.set_crc32_options(computed)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -211,7 +231,7 @@ def load_together(path: str | os.PathLike[str], objects: Mapping[str, Stateful],
                 objects[key].load_state_dict(before[key])
             except Exception:
                 stuck.append(key)
-        if isinstance(error, ASTError) or not isinstance(error, Exception):
+        if not isinstance(error, Exception) or (isinstance(error, ASTError) and not isinstance(error, StateError)):
             raise
         outcome = f", except {', '.join(map(repr, stuck))}, which refused its own state" if stuck else ""
         raise StateError(
@@ -223,16 +243,6 @@ def _check_names(own: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
     for name in extra:
         if name in own:
             raise ConfigError(f"{name!r} is in every checkpoint already; leave it out, or give another name")
-
-
-def _save(contents: Any, target: Path | BinaryIO) -> None:
-    """Write with checksums, also where they were switched off for the sake of speed."""
-    computed = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)
-    try:
-        torch.save(contents, target)
-    finally:
-        torch.serialization.set_crc32_options(computed)
 
 
 def _check_sums(name: str, file: BinaryIO) -> None:
@@ -258,7 +268,7 @@ def _not_plain(entries: Mapping[str, Any]) -> ConfigError | None:
     for name, entry in entries.items():
         buffer = io.BytesIO()
         try:
-            _save(entry, buffer)
+            torch.save(entry, buffer)
             buffer.seek(0)
             torch.load(buffer, map_location="cpu", weights_only=True)
         except _UNPLAIN as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ast_plugin.demo import DEFAULT_OUTPUT, run_demo
+from ast_plugin.demo_data import TRAIN_IMAGES
 from ast_plugin.demo_settings import DemoSettings
 from ast_plugin.errors import ConfigError
 from ast_plugin.sub_nets import is_n_of_m
@@ -112,7 +113,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add = parser.add_argument_group("network and optimizer").add_argument
     add("--width", type=int, metavar="N", help=f"channels of the first stage (default: {default.width})")
-    add("--batch-size", type=int, metavar="N", help=f"images a step (default: {default.batch_size})")
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help=f"images a step, at most {TRAIN_IMAGES} (default: {default.batch_size})",
+    )
     add(
         "--learning-rate",
         type=float,
@@ -161,6 +167,7 @@ def in_options(message: str) -> str:
         message: What an error says. One-word settings are found at its beginning only: elsewhere they may be English.
     """
     message = message.replace(", exclude layers, or set allow_empty_layers=True", "")  # the demo has no such options
+    message = message.replace(", or give one of them a name of its own with SubNetSpec(name=..., sparsity=...)", "")
     message = re.sub(r"\btotal_steps\b", "--steps", message)
     for name in (*_SETTINGS, "checkpoint_every"):
         found = rf"\b{name}\b" if "_" in name else rf"^{name}\b"

@@ -61,7 +61,7 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         required=True,
         type=Path,
         metavar="PATH",
-        help="file to write; its suffix (.safetensors or .pt) says how",
+        help="file to write; its suffix (.safetensors, .pt or .pth) says how",
     )
 
 
@@ -92,6 +92,8 @@ def run_report(args: argparse.Namespace) -> int:
     if args.html is not None:
         _check_other_file("--html", args.html, args.file)
     if args.file.suffix == ".json":
+        if args.file.exists() and not (args.file.is_file() or args.file.is_dir()):
+            raise StateError(f"{str(args.file)!r} is no regular file; give a report.json, or an elastic file")
         try:
             values = json.loads(args.file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
@@ -123,7 +125,7 @@ def run_export(args: argparse.Namespace) -> int:
         "the rest zeros.\nLoad it, without this package:"
     )
     file = json.dumps(str(args.to), ensure_ascii=False)
-    if args.to.suffix.lower() == ".pt":
+    if args.to.suffix.lower() != ".safetensors":
         print(f"  model.load_state_dict(torch.load({file}, weights_only=True))")
     else:
         print(f"  model.load_state_dict(safetensors.torch.load_file({file}))")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ast_plugin.checkpoint import save_archive
 from ast_plugin.demo_data import Digits
 from ast_plugin.demo_model import DigitsResNet
 from ast_plugin.demo_settings import DemoSettings
@@ -125,7 +126,7 @@ class DemoRun:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        atomic_write(path, lambda temporary: torch.save(state, temporary))
+        atomic_write(path, lambda temporary: save_archive(state, temporary))
 
     @classmethod
     def resume(cls, path: Path, digits: Callable[[], Digits]) -> DemoRun:

@@ -8,7 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ast_plugin.config import ASTConfig, Moment
+from ast_plugin.demo_data import TRAIN_IMAGES
 from ast_plugin.errors import ConfigError, StateError, near_names
+
+# Above these the machine would run out of memory or threads before it said why.
+_LARGEST = {"batch_size": TRAIN_IMAGES, "width": 512, "threads": 1024}
+_REASONS = {"batch_size": ", which is more than the images there are to train on"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,10 +35,10 @@ class DemoSettings:
         seed: Seed of the initial weights, the order and augmentation of the images, and the masks.
         learning_rate: At the start; it falls to zero along a cosine.
         weight_decay: On all parameters.
-        batch_size: Images a step.
-        width: Channels of the network's first stage.
-        threads: Threads that compute. The tensors are small: two threads gain a third on an idle machine, but take
-            several times as long as one where other programs use the cores.
+        batch_size: Images a step, at most as many as there are to train on.
+        width: Channels of the network's first stage, at most 512.
+        threads: Threads that compute, at most 1024. The tensors are small: two threads gain a third on an idle machine,
+            but take several times as long as one where other programs use the cores.
 
     Raises:
         ConfigError: If a value is outside its range, or two contradict each other.
@@ -63,6 +68,8 @@ class DemoSettings:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{field} must be a positive whole number, got {value!r}")
+            if value > _LARGEST.get(field, value):
+                raise ConfigError(f"{field} must be at most {_LARGEST[field]}, got {value!r}{_REASONS.get(field, '')}")
         for field, zero in (("learning_rate", False), ("weight_decay", True)):
             value = getattr(self, field)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)

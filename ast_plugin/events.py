@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ast_plugin.attachment import NO_BACKWARD, current_backward
+from ast_plugin.attachment import NO_BACKWARD, current_backward, is_attached
 from ast_plugin.distributed import check_every_rank_goes_on
 from ast_plugin.errors import ActivationError
 from ast_plugin.parts import RunParts
@@ -25,6 +25,9 @@ class RunEvents:
         parts: The run's components.
         step: Its optimizer steps.
         state: What travels in the optimizer's state dict.
+
+    Attributes:
+        released: Whether the hooks are gone for good, so that the model may belong to another run.
     """
 
     def __init__(self, parts: RunParts, step: TrainingStep, state: RunState) -> None:
@@ -32,7 +35,9 @@ class RunEvents:
         self._step = step
         self._state = state
         self._chosen: list[str] = []
+        self.released = False
         self._passing = False
+        self._graphs = (0, 0)  # the episode that the last graphs were recorded in, and how many there are
 
     @property
     def chosen(self) -> str | None:
@@ -42,6 +47,7 @@ class RunEvents:
     @contextlib.contextmanager
     def choose(self, name: str) -> Iterator[None]:
         """Put a sub-net on for the length of a block; the one before is back on afterwards."""
+        self._check_own()
         self._chosen.append(name)
         try:
             self._parts.activation.put_on(name)
@@ -53,6 +59,7 @@ class RunEvents:
     @contextlib.contextmanager
     def at_rest(self) -> Iterator[None]:
         """Have the model dense with the default's BatchNorm state for a moment, also inside `choose`."""
+        self._check_own()
         with self._step.at_rest():
             try:
                 yield
@@ -89,6 +96,8 @@ class RunEvents:
         if raised or self._passing:
             self._passing = False
             activation.take_off()
+        if mark is not None:
+            self._graphs = mark.episode, 1 + (self._graphs[1] if self._graphs[0] == mark.episode else 0)
         return mark
 
     def before_backward(self, passed: Mark) -> None:
@@ -107,6 +116,18 @@ class RunEvents:
     def end_of_backward_unseen(self) -> None:
         """Mask gradients as they arrive: their end cannot be told."""
         self._parts.gradients.attach()
+
+    def graph_dropped(self, passed: Mark) -> None:
+        """Make the model dense again after a forward that is never followed by backward: a skipped batch.
+
+        May be called at any moment at which memory is freed.
+        """
+        if self._graphs[0] != passed.episode:
+            return
+        self._graphs = passed.episode, self._graphs[1] - 1
+        is_on = self._parts.activation.episode == passed.episode and not self._chosen
+        if self._graphs[1] == 0 and is_on and current_backward() == NO_BACKWARD:
+            self._parts.activation.take_off()
 
     def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Update masks and correct gradients now, or after a closure has run its own forward and backward."""
@@ -139,6 +160,16 @@ class RunEvents:
         """Let a step in progress go on."""
         if not self._chosen:
             self._step.go_on()
+
+    def before_part_access(self) -> None:
+        """Make the model dense; a step in progress has it so."""
+        if not self._chosen:
+            self._step.settle_unless_stepping()
+
+    def after_load(self) -> None:
+        """Start all sub-nets from BatchNorm state that is loaded before the first step, as from that found by wrap."""
+        if self._step.number == 0 and not self._state.restored:
+            self._parts.normalization.start_from_present()
 
     def before_load(self) -> None:
         """Make the model dense; inside a block, what is loaded would be lost at its end."""
@@ -206,6 +237,13 @@ class RunEvents:
             raise ActivationError(
                 "fully_shard() was applied to the model after wrap(); shard the model first, then construct the "
                 "optimizer, then call wrap()"
+            )
+
+    def _check_own(self) -> None:
+        if self.released and is_attached(self._parts.bare):
+            raise ActivationError(
+                "the model was wrapped anew after detach() of this run, and two runs cannot put sub-nets on it; use "
+                "the new run, or save() before detach()"
             )
 
     def _is_training(self) -> bool:

@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ast_plugin.checkpoint import save_archive
 from ast_plugin.errors import ConfigError, ElasticFileError, missing_extra
 from ast_plugin.files import atomic_write
 from ast_plugin.slots import bare_model, plain_name
 
-_SUFFIXES = (".safetensors", ".pt")
+_SUFFIXES = (".safetensors", ".pt", ".pth")
 _ONNX_PACKAGES = ("onnx", "onnxscript")
 _LARGEST_ONNX = 2_000_000_000  # bytes; protobuf ends a little above, at 2 GiB
 _HOOKS = (
@@ -47,13 +48,13 @@ def export_state_dict(source: SubNetSource, name: str, path: str | os.PathLike[s
     """Write one sub-net as an ordinary state dict, which loads in the same architecture without this package.
 
     ``.safetensors`` files load with ``model.load_state_dict(safetensors.torch.load_file(path))``: tied tensors are
-    stored under each of their names, since that format cannot share. ``.pt`` files load with
+    stored under each of their names, since that format cannot share. ``.pt`` and ``.pth`` files load with
     ``torch.load(path, weights_only=True)``. Zeros are stored like other numbers: the file is as large as a dense one.
 
     Args:
         source: A training, an `Elastic` or `ElasticContents`.
         name: The sub-net.
-        path: Where to write; the suffix ``.safetensors`` or ``.pt`` chooses the format.
+        path: Where to write; the suffix ``.safetensors``, ``.pt`` or ``.pth`` chooses the format.
 
     Raises:
         ConfigError: If the suffix is another one, or there is no such sub-net.
@@ -62,14 +63,14 @@ def export_state_dict(source: SubNetSource, name: str, path: str | os.PathLike[s
     suffix = Path(path).suffix.lower()
     if suffix not in _SUFFIXES:
         raise ConfigError(
-            f"path must end in .safetensors or .pt, got {os.fspath(path)!r}; the suffix chooses the format"
+            f"path must end in .safetensors, .pt or .pth, got {os.fspath(path)!r}; the suffix chooses the format"
         )
     state = {plain_name(key): tensor.detach().cpu() for key, tensor in source.materialize(name).items()}
     write: Callable[[Path], None]
-    if suffix == ".pt":
+    if suffix != ".safetensors":
 
         def write(temporary: Path) -> None:
-            torch.save(state, temporary)
+            save_archive(state, temporary)
 
     else:
 

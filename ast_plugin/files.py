@@ -197,8 +197,10 @@ def _errno_of(error: Exception, target: Path) -> int | None:
     told = re.search(r"os error (\d+)", str(error))
     if told:
         return int(told[1])
+    if isinstance(error.__context__, OSError):
+        return error.__context__.errno  # what torch's writer met with, before it complained about the place it was at
     with contextlib.suppress(OSError):
-        # torch's writer tells only that it got stuck somewhere.
+        # Writing by itself, it tells only that it got stuck somewhere.
         if isinstance(error, RuntimeError) and shutil.disk_usage(target.parent).free < _FULL:
             return errno.ENOSPC
     return None

@@ -121,8 +121,9 @@ class GradientMasks:
             known = self._masked.get(pack)
             if (known is None or not known.still(gradients)) and any(g is not None for g in gradients):
                 kept = self._packed.kept(sub_net, pack, gradients)
-                kept.keep_only_(pack.vector(gradients))
-                pack.write(gradients)
+                if not kept.everything:
+                    kept.keep_only_(pack.vector(gradients))
+                    pack.write(gradients)
                 self._masked[pack] = _Masked(gradients)
         for name, captured in (self._captured or {}).items():
             captured.remember(self._parameters[name].grad)
@@ -130,9 +131,9 @@ class GradientMasks:
     def forget_cleared(self) -> None:
         """Backward has begun: what was kept aside of gradients that were cleared since belongs to a skipped step."""
         captured = self._captured or {}
-        for name in list(captured):
-            if captured[name].cleared(self._parameters[name].grad):
-                del captured[name]
+        fates = {name: kept.cleared(self._parameters[name].grad) for name, kept in captured.items()}
+        if any(fates.values()):  # None: zero before and after; it goes with the others
+            self._captured = {name: kept for name, kept in captured.items() if fates[name] is False}
 
     def masks_changed(self) -> None:
         """Have all gradients masked again: what was done before was for other masks."""
@@ -181,22 +182,31 @@ class _Captured:
         dense: Sum over the micro-batches so far, taken before clipping and unscaling.
         gradient: The tensor in ``grad`` when it was last masked, after backward.
         version: Its version counter then, which clearing it in place raises.
+        zero: Whether it was zero then.
     """
 
     dense: Tensor
     gradient: Tensor | None = None
     version: int = -1
+    zero: bool = False
 
     def remember(self, gradient: Tensor | None) -> None:
         self.gradient = gradient
         self.version = -1 if gradient is None else gradient._version
+        self.zero = gradient is not None and not bool(gradient.any())
 
-    def cleared(self, gradient: Tensor | None) -> bool:
-        """Return whether ``grad`` was cleared since; a raised counter alone may come from a neighbour in a bucket."""
+    def cleared(self, gradient: Tensor | None) -> bool | None:
+        """Return whether ``grad`` was cleared since, None where that cannot be told.
+
+        It is zero then. A raised counter alone may come from a neighbour in a bucket, and ``grad.data.zero_()`` raises
+        none.
+        """
         if gradient is None:
             return True
+        if bool(gradient.any()):
+            return False
         unchanged = gradient is self.gradient and gradient._version == self.version
-        return not unchanged and not bool(gradient.any())
+        return None if unchanged and self.zero else True
 
 
 def _capture(gradient: Tensor, mask: Tensor, earlier: _Captured | None) -> _Captured:

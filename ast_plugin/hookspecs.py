@@ -197,7 +197,8 @@ def ast_select_parameters(
 ) -> list[ParameterChoice] | None:
     """First result: decide which parameters are pruned.
 
-    Called once a run, before anything is changed. The built-in answer is `ast_plugin.parameters.select_parameters`.
+    Called once a run, before anything is changed. The built-in answer is `ast_plugin.parameters.select_parameters`; a
+    plugin that knows some networks better calls it too, with `left_out`, and so keeps the user's globs in force.
 
     Args:
         model: The model, dense; not to be changed.

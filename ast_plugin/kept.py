@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ast_plugin.masking import zero_outside_
@@ -32,6 +33,9 @@ class Kept(Protocol):
 
     def keep_only_(self, vector: Tensor) -> Tensor:
         """Zero the other elements of `vector`, in place, and return `values`."""
+
+    def only(self, vector: Tensor) -> Tensor:
+        """Return a new vector with zeros where an element is not kept."""
 
     def values(self, vector: Tensor) -> Tensor:
         """Return the kept elements of a vector whose others are zero; may share its memory."""
@@ -73,6 +77,10 @@ class KeptByPosition:
         vector.zero_().scatter_(0, self.positions, kept)
         return kept
 
+    def only(self, vector: Tensor) -> Tensor:
+        """Return a new vector with zeros where an element is not kept."""
+        return torch.zeros_like(vector).scatter_(0, self.positions, vector.index_select(0, self.positions))
+
     def values(self, vector: Tensor) -> Tensor:
         """Return the kept elements as a new vector."""
         return vector.index_select(0, self.positions)
@@ -112,13 +120,17 @@ class KeptByMask:
         """Zero the other elements, in place, and return the vector itself."""
         return vector if self._mask is None else zero_outside_(vector, self._mask)
 
+    def only(self, vector: Tensor) -> Tensor:
+        """Return a copy with zeros where an element is not kept."""
+        return self.keep_only_(vector.clone())
+
     def values(self, vector: Tensor) -> Tensor:
         """Return the vector itself."""
         return vector
 
     def values_of_dense(self, vector: Tensor) -> Tensor:
         """Return a copy with zeros where an element is not kept."""
-        return self.keep_only_(vector.clone())
+        return self.only(vector)
 
     def write(self, values: Tensor, vector: Tensor) -> None:
         """Copy the whole vector, unless it is `values` itself."""

@@ -64,19 +64,32 @@ class MaskStore:
         Raises:
             ConfigError: If there is no such sub-net or parameter, or `mask` has another dtype or shape.
         """
-        self._check_parameter(parameter)
-        masks = self._of(sub_net)
-        if mask.dtype != torch.bool or tuple(mask.shape) != self.shapes[parameter]:
-            raise ConfigError(
-                f"mask of {parameter!r} in sub-net {sub_net!r} must be bool of shape {self.shapes[parameter]}, "
-                f"got {mask.dtype} of shape {tuple(mask.shape)}"
-            )
-        mask = mask.detach()
-        masks[parameter] = mask
-        self._kept[sub_net].pop(parameter, None)
-        if mask.device.type == "cpu" and self.kept(sub_net, parameter) <= POSITIONS_UP_TO * mask.numel():
-            masks[parameter] = _Bits(pack_bits(mask), tuple(mask.shape))
+        self.replace(sub_net, {parameter: mask})
+
+    def replace(self, sub_net: str, masks: Mapping[str, Tensor]) -> None:
+        """Replace several masks of a sub-net, all of them or, after an exception or an interrupt, none.
+
+        Args:
+            sub_net: A sub-net's name.
+            masks: By parameter name, as for `set`.
+
+        Raises:
+            ConfigError: If there is no such sub-net or parameter, or a mask has another dtype or shape.
+        """
+        present = self._of(sub_net)
+        for name, mask in masks.items():
+            self._check_mask(sub_net, name, mask)
+        fresh: dict[str, Tensor | _Bits] = {name: mask.detach() for name, mask in masks.items()}
+        near = {name: mask for name, mask in masks.items() if mask.device.type == "cpu"}  # others when they are asked
+        counts = dict(zip(near, _count(list(near.values())), strict=True))
+        for name, count in counts.items():
+            if count <= POSITIONS_UP_TO * masks[name].numel():
+                fresh[name] = _Bits(pack_bits(masks[name]), tuple(masks[name].shape))
+        # Each of these three may be the last one before an interrupt: what is not remembered is counted or made anew.
+        self._kept[sub_net] = {name: count for name, count in self._kept[sub_net].items() if name not in fresh}
         self._revisions[sub_net] += 1
+        self._masks[sub_net] = {**present, **fresh}
+        self._kept[sub_net].update(counts)
 
     def move(self, sub_net: str, parameter: str, device: torch.device) -> None:
         """Move a mask to another device."""
@@ -188,8 +201,7 @@ class MaskStore:
                 fresh[name] = unpack_bits(packed[name], shape).to(masks[name].device)
             except StateError as error:
                 raise StateError(f"mask of {name!r} in sub-net {sub_net!r}: {error}") from None
-        for name, mask in fresh.items():
-            self.set(sub_net, name, mask)
+        self.replace(sub_net, fresh)
 
     def checksum(self, sub_net: str | None = None) -> str:
         """Return a hash of parameter names, shapes and masks: the same in every process and on every device.
@@ -220,6 +232,14 @@ class MaskStore:
             return self.parameters
         self._check_parameter(parameter)
         return (parameter,)
+
+    def _check_mask(self, sub_net: str, parameter: str, mask: Tensor) -> None:
+        self._check_parameter(parameter)
+        if mask.dtype != torch.bool or tuple(mask.shape) != self.shapes[parameter]:
+            raise ConfigError(
+                f"mask of {parameter!r} in sub-net {sub_net!r} must be bool of shape {self.shapes[parameter]}, "
+                f"got {mask.dtype} of shape {tuple(mask.shape)}"
+            )
 
     def _check_parameter(self, parameter: str) -> None:
         if parameter not in self.shapes:

@@ -15,18 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.errors import ActivationError
+from ast_plugin.norm_layers import batch_norm_modules
 from ast_plugin.sharding import LastSharded, full, is_sharded, layout_of, local_part
 
 _Place = tuple[nn.Module, str]
 
-_AFFINE = ("weight", "bias")
+_COUNTER = "step"  # what torch's optimizers call it
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-def batch_norm_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the BatchNorm modules of `model` (any dimension, synchronised ones and subclasses too) by name."""
-    kind = nn.modules.batchnorm._BatchNorm
-    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
 class PrivateNormalization:
@@ -53,9 +48,8 @@ class PrivateNormalization:
             seen: set[int] = set()
             for path, module in batch_norm_modules(model).items():
                 prefix = f"{path}." if path else ""
-                for attribute in _AFFINE:
-                    parameter = module._parameters.get(attribute)
-                    if parameter is not None and id(parameter) not in seen:
+                for attribute, parameter in module._parameters.items():
+                    if parameter is not None and parameter.ndim <= 1 and id(parameter) not in seen:
                         seen.add(id(parameter))
                         parameters[prefix + attribute] = (module, attribute)
                 for attribute in _STATISTICS:
@@ -81,6 +75,7 @@ class PrivateNormalization:
                 for name in sub_nets
             }
         self._optimizer_states: dict[str, dict[str, Any]] = {name: {} for name in sub_nets}
+        self._loaded: set[str] = set()
 
     def tensors(self) -> list[Tensor]:
         """Return the model's own private tensors, of sharded ones this rank's parts, in the order of `names`."""
@@ -149,6 +144,9 @@ class PrivateNormalization:
     def _bring_in_state(self, optimizer: torch.optim.Optimizer, sub_net: str) -> None:
         entries = self._optimizer_states[sub_net]
         fused = any(group.get("fused") for group in optimizer.param_groups)
+        if sub_net in self._loaded:
+            self._place_counters(optimizer, entries)
+            self._loaded.discard(sub_net)
         for name, parameter in zip(self.parameter_names, self._owners(), strict=True):
             entry = entries.get(name)
             if entry is None and fused:
@@ -170,6 +168,26 @@ class PrivateNormalization:
         for name, layout in self._layouts.items():
             copies[name] = layout.join(copies[name])
         return copies
+
+    def move_towards(self, other: PrivateNormalization, sub_net: str, share: float) -> None:
+        """Move a sub-net's tensors towards those that it has elsewhere: ``own + share * (other - own)``, in place.
+
+        Args:
+            other: Of the same network, on any device and in any dtype, whole as this one.
+            sub_net: Whose tensors.
+            share: In [0, 1]. Counts are taken over.
+        """
+        other._finish()
+        own, others = (n.tensors() if sub_net == n.carried else n._banks[sub_net] for n in (self, other))
+        with torch.inference_mode(False), torch.no_grad():
+            others = [theirs.to(mine.device, mine.dtype) for mine, theirs in zip(own, others, strict=True)]
+            averaged = [tensor.is_floating_point() for tensor in own]
+            for floating in (True, False):
+                mine, theirs = ([t for t, f in zip(ts, averaged, strict=True) if f == floating] for ts in (own, others))
+                if mine and floating:
+                    torch._foreach_lerp_(mine, theirs, share)
+                elif mine:
+                    torch._foreach_copy_(mine, theirs)
 
     def load(self, sub_net: str, state: Mapping[str, Tensor]) -> None:
         """Set the private tensors of `sub_net` in place from `state`, which must hold all of `names`."""
@@ -215,6 +233,24 @@ class PrivateNormalization:
         self._arriving = _Arrival(coming, optimizer, handed_over=handed_over, carried=self.carried)
         self._finish()
 
+    def _place_counters(self, optimizer: torch.optim.Optimizer, entries: Mapping[str, Any]) -> None:
+        """Move step counters from a file to where the optimizer keeps its own, as its ``load_state_dict`` does.
+
+        Not when they are loaded: an optimizer takes over its saved options, ``fused`` among them, only afterwards.
+        """
+        on_device = {
+            id(parameter): bool(group.get("fused") or group.get("capturable"))
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        for name, parameter in zip(self.parameter_names, self._owners(), strict=True):
+            entry = entries.get(name)
+            if not isinstance(entry, dict) or not on_device.get(id(parameter)):
+                continue
+            counter = entry.get(_COUNTER)
+            if isinstance(counter, Tensor):
+                entry[_COUNTER] = counter.to(device=parameter.device, dtype=torch.float32)
+
     def _fresh_entry(self, name: str) -> Any:
         """Return zeroed optimizer state in the form that other sub-nets have, None if none has any.
 
@@ -227,6 +263,14 @@ class PrivateNormalization:
                     for key, value in entries[name].items()
                 }
         return None
+
+    def start_from_present(self) -> None:
+        """Give every sub-net the tensors that the model carries."""
+        if self.names:
+            state = self.state(self.carried)
+            for name in self._banks:
+                if name != self.carried:
+                    self.load(name, state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the banks of all sub-nets but the carried one, with their optimizer state, as plain containers."""
@@ -245,6 +289,7 @@ class PrivateNormalization:
             self._optimizer_states[name] = {
                 key: self._placed(key, _copied(entry, device=devices[key])) for key, entry in entries.items()
             }
+            self._loaded.add(name)
 
     def _placed(self, name: str, entry: Any) -> Any:
         """Return optimizer state of a private parameter, whole tensors divided among the ranks as the parameter is."""
@@ -289,7 +334,7 @@ def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
 def _copied(value: Any, device: torch.device | None = None) -> Any:
     """Return a copy of nested plain containers with every tensor cloned, tensors with axes moved to `device`."""
     if isinstance(value, Tensor):
-        # Step counters (no axes) stay where the optimizer keeps them: on the CPU unless it is capturable.
+        # Step counters (no axes) are placed when the optimizer gets them: where it wants them depends on its options.
         return value.detach().clone() if device is None or value.dim() == 0 else value.detach().to(device, copy=True)
     if isinstance(value, Mapping):
         return {key: _copied(item, device) for key, item in value.items()}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ast_plugin.kept import Kept, kept_elements
 from ast_plugin.masks import MaskStore
-from ast_plugin.packs import Layout, Pack, build_packs, order_of
+from ast_plugin.packs import MemoryOrder, Pack, build_packs, order_of
 from ast_plugin.selection_kernels import count_kept
 from ast_plugin.slots import ParameterSlots
 
@@ -27,7 +27,7 @@ class PackedMasks:
         self._masks = masks
         self._kinds: list[tuple[torch.dtype, torch.device]] = []
         self._packs: tuple[Pack, ...] = ()
-        self._kept: dict[tuple[str, Pack, Layout], tuple[int, Kept]] = {}
+        self._kept: dict[tuple[str, Pack, MemoryOrder], tuple[int, Kept]] = {}
 
     @property
     def packs(self) -> tuple[Pack, ...]:
@@ -54,11 +54,11 @@ class PackedMasks:
 
     def kept(self, sub_net: str, pack: Pack, tensors: Sequence[Tensor | None]) -> Kept:
         """Return which elements of ``pack.vector(tensors)`` a sub-net keeps."""
-        layout = pack.layout(tensors)
+        order = pack.order(tensors)
         revision = self._masks.revision(sub_net)
-        known = self._kept.get((sub_net, pack, layout))
+        known = self._kept.get((sub_net, pack, order))
         if known is None or known[0] != revision:
-            self._kept[sub_net, pack, layout] = known = revision, self._make(sub_net, pack, layout)
+            self._kept[sub_net, pack, order] = known = revision, self._make(sub_net, pack, order)
         return known[1]
 
     def mask(self, sub_net: str, name: str) -> Tensor:
@@ -70,7 +70,7 @@ class PackedMasks:
         self._masks.move(sub_net, name, device)
         return self._masks.get(sub_net, name)
 
-    def _make(self, sub_net: str, pack: Pack, layout: Layout) -> Kept:
-        parts = [order_of(self.mask(sub_net, name), layout) for name in pack.names]
+    def _make(self, sub_net: str, pack: Pack, order: MemoryOrder) -> Kept:
+        parts = [order_of(self.mask(sub_net, name), order) for name in pack.names]
         mask = parts[0] if len(parts) == 1 else torch.cat(parts)
         return kept_elements(mask, count_kept(mask), pack.sizes)

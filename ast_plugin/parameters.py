@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from torch import nn
 from torch.nn.parameter import Parameter, UninitializedParameter
@@ -21,6 +22,7 @@ _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_pro
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _STEM_CHANNELS = 4  # grey, RGB, and RGB with alpha or depth
 _LISTED = 20  # parameters named in an error; a message of a thousand lines helps nobody
+_NO_REASONS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,11 @@ class _Owner:
 
 
 def select_parameters(
-    model: nn.Module, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    model: nn.Module,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    left_out: Mapping[str, str] = _NO_REASONS,
 ) -> list[ParameterChoice]:
     """Decide for every parameter of `model` whether it is pruned.
 
@@ -64,14 +70,16 @@ def select_parameters(
         include: Globs on parameter names. When given, only matching parameters are pruned; the stem is when a glob
             matches it, and a weight of an unknown kind of layer when it is named in full.
         exclude: Globs on parameter names that are never pruned; stronger than `include`.
+        left_out: For plugins that know the network: by parameter name, any of its names, why it is not pruned unless
+            a glob of `include` asks for it as for the stem. Of what is out anyway, it words the reason.
 
     Returns:
         One entry a parameter, in the order of `model.named_parameters()`; tied parameters have one entry, but globs
         match any of their names.
 
     Raises:
-        SelectionError: If nothing is prunable, a glob matches nothing, or a glob of `include` matches only parameters
-            that can never be pruned.
+        SelectionError: If nothing is prunable, a glob matches nothing, a glob of `include` matches only parameters
+            that can never be pruned, or `left_out` names no parameter.
     """
     owners = _owners(model)
     stem = _stem(model)
@@ -81,7 +89,13 @@ def select_parameters(
         for glob in globs:
             if not any(_matches(glob, known) for known in aliases.values()):
                 raise SelectionError(_no_match(option, glob, aliases))
-    obstacles = {name: _obstacle(name, parameter, owners[id(parameter)]) for name, parameter in names.items()}
+    unknown = set(left_out).difference(*aliases.values())
+    if unknown:
+        raise SelectionError(f"left_out names no parameter of {type(model).__name__}: {', '.join(sorted(unknown))}")
+    told = {name: next((left_out[alias] for alias in aliases[name] if alias in left_out), "") for name in names}
+    obstacles = {
+        name: _obstacle(name, parameter, owners[id(parameter)], told[name]) for name, parameter in names.items()
+    }
     for glob in include:
         matched = [name for name in names if _matches(glob, aliases[name])]
         if all(obstacles[name] for name in matched):
@@ -89,7 +103,7 @@ def select_parameters(
             raise SelectionError(f"include glob {glob!r} matches no parameter that can be pruned:{seen}")
     choices = []
     for name, parameter in names.items():
-        reason = obstacles[name] or _left_out(name, aliases[name], owners[id(parameter)], stem, include, exclude)
+        reason = obstacles[name] or _left_out(aliases[name], owners[id(parameter)], stem, include, exclude, told[name])
         choices.append(ParameterChoice(name=name, shape=tuple(parameter.shape), prunable=not reason, reason=reason))
     if not any(choice.prunable for choice in choices):
         seen = _listing(f"{choice.name} {choice.shape}: {choice.reason}" for choice in choices)
@@ -118,8 +132,8 @@ def _stem(model: nn.Module) -> nn.Module | None:
     return None
 
 
-def _obstacle(name: str, parameter: Parameter, owners: Sequence[_Owner]) -> str:
-    """Return why a parameter can never be pruned, "" if it can."""
+def _obstacle(name: str, parameter: Parameter, owners: Sequence[_Owner], told: str) -> str:
+    """Return why a parameter can never be pruned, in the words of `told` if there are any; "" if it can."""
     if isinstance(parameter, UninitializedParameter):
         raise SelectionError(f"parameter {name!r} has no shape yet: run the model once on real data before wrapping it")
     if not parameter.is_floating_point():
@@ -127,7 +141,7 @@ def _obstacle(name: str, parameter: Parameter, owners: Sequence[_Owner]) -> str:
     if not parameter.requires_grad:
         return "frozen"
     if parameter.ndim < 2:
-        return "bias or norm (1-D)" if parameter.ndim else "scalar"
+        return told or ("bias or norm (1-D)" if parameter.ndim else "scalar")
     embeddings = [owner.name for owner in owners if _is_embedding(owner)]
     if name in embeddings:
         return "embedding"
@@ -137,28 +151,28 @@ def _obstacle(name: str, parameter: Parameter, owners: Sequence[_Owner]) -> str:
 
 
 def _left_out(
-    name: str,
     aliases: Sequence[str],
     owners: Sequence[_Owner],
     stem: nn.Module | None,
     include: Sequence[str],
     exclude: Sequence[str],
+    told: str,
 ) -> str:
     """Return why a parameter that could be pruned is not, "" if it is."""
     for glob in exclude:
         if _matches(glob, aliases):
             return f"excluded by {glob!r}"
-    known_kind = any(_is_weight(owner) for owner in owners)
+    other_kind = "" if any(map(_is_weight, owners)) else told or "not a linear or convolution weight"
     if include:
         if not any(_matches(glob, aliases) for glob in include):
             return "not matched by include"
         # A wide glob such as "blocks.*" means the layers in there, not every position table beside them.
-        return "" if known_kind or any(alias in include for alias in aliases) else "not a linear or convolution weight"
-    if not known_kind:
-        return "not a linear or convolution weight"
+        return "" if any(alias in include for alias in aliases) else other_kind
+    if other_kind:
+        return other_kind
     if any(owner.module is stem for owner in owners):
         return "input stem"
-    return ""
+    return told
 
 
 def _is_weight(owner: _Owner) -> bool:

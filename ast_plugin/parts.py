@@ -35,7 +35,8 @@ class RunParts:
         config: The settings.
         names: Names of the sub-nets, in training order.
         default: The sub-net that evaluation uses when none is chosen.
-        model: The outermost module that the training loop calls.
+        model: The network, as it was given: inside wrappers or not.
+        called: The outermost module that the training loop calls: `model` or one around it.
         bare: The module inside wrappers for compilation and data-parallel use, which names the parameters.
         optimizer: The torch optimizer whose step really runs.
         registry: Plugins, the built-ins among them.
@@ -61,6 +62,7 @@ class RunParts:
     names: tuple[str, ...]
     default: str
     model: nn.Module
+    called: nn.Module
     bare: nn.Module
     optimizer: torch.optim.Optimizer
     registry: PluginRegistry

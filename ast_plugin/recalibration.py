@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.errors import ConfigError
-from ast_plugin.normalization import batch_norm_modules
+from ast_plugin.norm_layers import batch_norm_modules, is_batch_norm
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -20,7 +20,8 @@ def recalibrate_each(
     model: nn.Module,
     loader: Iterable[Any],
     *,
-    sub_nets: Sequence[str],
+    sub_nets: Iterable[str] | str | None,
+    known: Sequence[str],
     put_on: Callable[[str], contextlib.AbstractContextManager[Any]],
     private: bool,
     forward: Forward | None = None,
@@ -31,7 +32,8 @@ def recalibrate_each(
     Args:
         model: The model.
         loader: Batches; iterated once a sub-net.
-        sub_nets: Which ones.
+        sub_nets: Which ones, or the name of one; None takes all.
+        known: All of them.
         put_on: Makes the model a sub-net for the length of a ``with`` block.
         private: Whether each has BatchNorm statistics of its own.
         forward: As in `recalibrate`.
@@ -40,17 +42,18 @@ def recalibrate_each(
     Raises:
         ConfigError: If several sub-nets share statistics, or the loader is used up before the last.
     """
-    if len(sub_nets) > 1 and not private and batch_norm_modules(model):
+    chosen = (sub_nets,) if isinstance(sub_nets, str) else tuple(known if sub_nets is None else sub_nets)
+    if len(chosen) > 1 and not private and batch_norm_modules(model):
         raise ConfigError(
-            f"sub_nets={tuple(sub_nets)} share one set of BatchNorm statistics, because private_normalization is "
+            f"sub_nets={chosen} share one set of BatchNorm statistics, because private_normalization is "
             "False; recalibrate for one sub-net at a time, right before it is used"
         )
-    if len(sub_nets) > 1 and iter(loader) is loader:
+    if len(chosen) > 1 and iter(loader) is loader:
         raise ConfigError(
-            f"loader must be iterable once for each of {len(sub_nets)} sub-nets, and a {type(loader).__name__} is "
+            f"loader must be iterable once for each of {len(chosen)} sub-nets, and a {type(loader).__name__} is "
             "used up after one; pass a DataLoader or a list"
         )
-    for name in sub_nets:
+    for name in chosen:
         with put_on(name):
             recalibrate(model, loader, forward=forward, max_batches=max_batches)
 
@@ -60,7 +63,8 @@ def recalibrate(
 ) -> None:
     """Replace the running statistics of all BatchNorms by plain means over the batches of `loader`.
 
-    Everything but the statistics stays: weights, modes, momenta, and after an exception the statistics too.
+    Norms of other libraries take part if they have a `momentum`. Everything but the statistics stays: weights, modes,
+    momenta, and after an exception the statistics too.
 
     Args:
         model: The model as it is to be measured; it is run in eval mode but for its BatchNorms.
@@ -72,7 +76,8 @@ def recalibrate(
     Raises:
         ConfigError: If the loader gives no batch.
     """
-    norms = [m for m in batch_norm_modules(model).values() if m._buffers.get("running_mean") is not None]
+    norms = [module for module in batch_norm_modules(model).values() if _can_average(module)]
+    others = [module for module in norms if not is_batch_norm(module)]
     if not norms:
         return
     run = forward or default_forward
@@ -84,11 +89,14 @@ def recalibrate(
     try:
         model.eval()
         for module in norms:
-            module.reset_running_stats()  # type: ignore[operator]  # a BatchNorm method
-            module.momentum = None  # type: ignore[assignment]  # None: cumulative mean
-            module.train()
+            module.training = True  # not train(), which would wake a dropout that lies inside
+            if is_batch_norm(module):
+                module.reset_running_stats()  # type: ignore[operator]  # a BatchNorm method
+                module.momentum = None  # type: ignore[assignment]  # None: cumulative mean
         with torch.no_grad():
             for batch in itertools.islice(iter(loader), max_batches):
+                for module in others:
+                    module.momentum = 1 / (batches + 1)  # type: ignore[assignment]  # the same mean, batch by batch
                 run(model, batch)
                 batches += 1
         if not batches:
@@ -104,6 +112,11 @@ def recalibrate(
                         buffer.copy_(value)
         for module, training in modes.items():
             module.training = training
+
+
+def _can_average(module: nn.Module) -> bool:
+    tracked = any(module._buffers.get(name) is not None for name in ("running_mean", "running_var"))
+    return tracked and hasattr(module, "momentum")
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:

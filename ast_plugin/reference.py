@@ -17,7 +17,7 @@ from ast_plugin.correction import Correction
 from ast_plugin.gradients import GradientMasks
 from ast_plugin.kept import Kept, KeptByMask
 from ast_plugin.packed_masks import PackedMasks
-from ast_plugin.packs import Layout, Pack, order_of
+from ast_plugin.packs import MemoryOrder, Pack, order_of
 
 CorrectGradients = Callable[..., Correction | None]
 
@@ -29,13 +29,13 @@ class _Remembered:
     Attributes:
         values: What ``kept.values`` returned; memory of its own.
         kept: The elements it was taken from.
-        layout: The order of the vector.
+        order: The order of the vector.
         present: For every parameter whether it had a gradient.
     """
 
     values: Tensor
     kept: Kept
-    layout: Layout
+    order: MemoryOrder
     present: tuple[bool, ...]
 
     def vector(self, size: int) -> Tensor:
@@ -81,12 +81,33 @@ class GradientReference:
         self.sub_net, self.coming = sub_net, coming
         for pack in self._masks.packs:
             gradients = self._masks.gradients(pack)
-            if all(gradient is None for gradient in gradients):
-                continue
-            kept = self._kept(pack, gradients)
-            values = kept.values_of_dense(pack.vector(gradients))
-            present = tuple(gradient is not None for gradient in gradients)
-            self._remembered[pack] = _Remembered(values, kept, pack.layout(gradients), present)
+            self._remember(pack, gradients)
+
+    def _remember(self, pack: Pack, gradients: Sequence[Tensor | None]) -> None:
+        if all(gradient is None for gradient in gradients):
+            return
+        kept = self._kept(pack, gradients)
+        values = kept.values_of_dense(pack.vector(gradients))
+        present = tuple(gradient is not None for gradient in gradients)
+        self._remembered[pack] = _Remembered(values, kept, pack.order(gradients), present)
+
+    def _follow(self, packs: Sequence[Pack]) -> None:
+        """Sort what is remembered into new packs, which there are when the model was converted or moved."""
+        if self._remembered.keys() <= set(packs):
+            return
+        wholes = self._wholes()
+        self._remembered = {}
+        for pack in packs:
+            named = zip(pack.names, self._masks.parameters(pack), strict=True)
+            self._remember(pack, [None if wholes.get(n) is None else wholes[n].to(p.device, p.dtype) for n, p in named])
+
+    def _wholes(self) -> dict[str, Tensor]:
+        """Return what is remembered by parameter name, in the parameters' shapes, zero where nothing was taken."""
+        wholes: dict[str, Tensor] = {}
+        for pack, remembered in self._remembered.items():
+            tensors = pack.tensors(remembered.vector(pack.total), remembered.order)
+            wholes |= {n: t for n, t, p in zip(pack.names, tensors, remembered.present, strict=True) if p}
+        return wholes
 
     def forget(self) -> None:
         """Drop the reference."""
@@ -97,13 +118,14 @@ class GradientReference:
     def pairs(self, sub_net: str) -> list[ComparedGradients]:
         """Return the present gradients of `sub_net` beside the reference, both restricted to its masks."""
         pairs = []
+        self._follow(self._masks.packs)
         for pack in self._masks.packs:
             gradients = self._masks.gradients(pack)
             earlier = self._remembered.get(pack)
             if earlier is None or all(g is None for g in gradients):
                 continue
             kept = self._masks.kept(sub_net, pack, gradients)
-            known = earlier.kept is kept and earlier.layout == pack.layout(gradients)
+            known = earlier.kept is kept and earlier.order == pack.order(gradients)
             pairs.append(
                 ComparedGradients(
                     pack=pack,
@@ -131,12 +153,11 @@ class GradientReference:
             whole: Whether to return restricted gradients as whole ones, zero outside.
         """
         coming = None if whole else self.coming
-        gradients: dict[str, Tensor] = {}
-        for pack, remembered in self._remembered.items():
-            wholes = pack.tensors(remembered.vector(pack.total), remembered.layout)
-            for name, tensor, present in zip(pack.names, wholes, remembered.present, strict=True):
-                if present:
-                    gradients[name] = tensor.clone() if coming is None else tensor[self._mask(name)]
+        self._follow(self._masks.refresh())
+        gradients = {
+            name: tensor.clone() if coming is None else tensor[self._mask(name)]
+            for name, tensor in self._wholes().items()
+        }
         return {"sub_net": self.sub_net, "coming": coming, "gradients": gradients}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -145,12 +166,7 @@ class GradientReference:
         self.sub_net, self.coming = state["sub_net"], state["coming"]
         for pack in self._masks.packs:
             named = zip(pack.names, self._masks.parameters(pack), strict=True)
-            wholes = [self._whole(name, parameter, state["gradients"].get(name)) for name, parameter in named]
-            if any(whole is not None for whole in wholes):
-                kept = self._kept(pack, wholes)
-                values = kept.values_of_dense(pack.vector(wholes))
-                present = tuple(whole is not None for whole in wholes)
-                self._remembered[pack] = _Remembered(values, kept, pack.layout(wholes), present)
+            self._remember(pack, [self._whole(name, p, state["gradients"].get(name)) for name, p in named])
 
     def _whole(self, name: str, parameter: Tensor, saved: Tensor | None) -> Tensor | None:
         """Return a saved gradient in its parameter's shape and memory layout."""
@@ -190,10 +206,10 @@ class ComparedGradients:
 
 def _whole(pack: Pack, earlier: _Remembered, gradients: Sequence[Tensor | None]) -> Tensor:
     """Return all of a remembered gradient in the order in which the present ones lie."""
-    vector, layout = earlier.vector(pack.total), pack.layout(gradients)
-    if layout == earlier.layout:
+    vector, order = earlier.vector(pack.total), pack.order(gradients)
+    if order == earlier.order:
         return vector
-    return order_of(pack.tensors(vector, earlier.layout)[0], layout)
+    return order_of(pack.tensors(vector, earlier.order)[0], order)
 
 
 @torch.no_grad()
@@ -225,7 +241,7 @@ def correct_whole(pairs: Sequence[ComparedGradients], correct: CorrectGradients)
     for pair in pairs:
         vector = torch.zeros(pair.pack.total, dtype=pair.reference.dtype, device=pair.reference.device)
         pair.kept.write(pair.reference, vector)
-        wholes = pair.pack.tensors(vector, pair.pack.layout(pair.gradients))
+        wholes = pair.pack.tensors(vector, pair.pack.order(pair.gradients))
         for name, gradient, reference, both in zip(pair.pack.names, pair.gradients, wholes, pair.both, strict=True):
             if both and gradient is not None:
                 names.append(name)

@@ -25,6 +25,7 @@ from ast_plugin.report_records import (
     from_plain,
     plain,
 )
+from ast_plugin.slots import bare_model
 from ast_plugin.version import __version__
 
 FORMAT = "ast-plugin report"
@@ -89,7 +90,8 @@ class Report:
         """
         flops = None
         if example_inputs is not None:
-            flops = count_flops(ast.model, tuple(ast.masks.shapes), example_inputs)
+            # Inside its wrappers: a data-parallel one would wait for the other ranks.
+            flops = count_flops(bare_model(ast.model), tuple(ast.masks.shapes), example_inputs)
         return cls(
             title=title,
             steps=ast.step,
@@ -165,6 +167,12 @@ class Report:
             )
         given = {name: value for name, value in values.items() if name not in ("format", "version")}
         report: Report = from_plain(cls, given, where="report")
+        count = len(report.sub_nets)
+        if report.overlap and {len(report.overlap), *map(len, report.overlap)} != {count}:
+            raise StateError(
+                f"report.overlap must have {count} rows and columns, one a sub-net; use a report that ast-plugin "
+                "wrote, unchanged"
+            )
         return report
 
     def render_terminal(self, *, layers: bool = False, width: int | None = None, color: bool | None = None) -> str:

@@ -166,7 +166,8 @@ def from_plain(annotation: Any, value: Any, *, where: str) -> Any:
         where: How an error calls this place.
 
     Raises:
-        StateError: If a field is missing, unknown, or holds something else than its annotation says.
+        StateError: If a field is missing, unknown, holds something else than its annotation says, or a number that
+            cannot be, such as a negative count.
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any:
@@ -203,7 +204,39 @@ def _dataclass_from_plain(kind: type[Any], value: Any, where: str) -> Any:
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if needed and name not in value:
             raise StateError(f"{where} has no field {name!r}; {_REMEDY}")
-    return kind(**{name: from_plain(hints[name], entry, where=f"{where}.{name}") for name, entry in value.items()})
+    made = kind(**{name: from_plain(hints[name], entry, where=f"{where}.{name}") for name, entry in value.items()})
+    for name in fields:
+        if name in _RANGES:
+            _check_range(getattr(made, name), *_RANGES[name], where=f"{where}.{name}")
+    for part, whole in _PARTS.items():
+        if part in fields and getattr(made, part) > getattr(made, whole):
+            raise StateError(
+                f"{where}.{part} must be at most {whole} ({getattr(made, whole)}), got {getattr(made, part)}; {_REMEDY}"
+            )
+    return made
 
 
+def _check_range(value: Any, smallest: float, largest: float, *, where: str) -> None:
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            _check_range(entry, smallest, largest, where=f"{where}[{key!r}]")
+    elif isinstance(value, tuple):
+        for i, entry in enumerate(value):
+            _check_range(entry, smallest, largest, where=f"{where}[{i}]")
+    elif value is not None and not smallest - _ROUNDING <= value <= largest + _ROUNDING:
+        interval = f"at least {smallest}" if largest == math.inf else f"between {smallest} and {largest}"
+        raise StateError(f"{where} must be {interval}, got {value!r}; {_REMEDY}")
+
+
+# What numbers can be, by the name of the field: smallest and largest, also inside lists and mappings.
+_SHARE, _COUNT = (0, 1), (0, math.inf)
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("target_sparsity", "achieved_sparsity", "sparsity", "target", "achieved", "overlap"), _SHARE),
+    **dict.fromkeys(("kept_weights", "prunable_weights", "parameters", "flops", "shape"), _COUNT),
+    **dict.fromkeys(("step", "steps", "checks", "conflicts"), _COUNT),
+    **dict.fromkeys(("elapsed_seconds", "dense_parameters", "dense_flops"), _COUNT),
+    "mean_cosine": (-1, 1),
+}
+_PARTS = {"kept_weights": "prunable_weights", "conflicts": "checks"}
+_ROUNDING = 1e-6
 _REMEDY = "use a report that ast-plugin wrote, unchanged"

@@ -23,6 +23,7 @@ from ast_plugin.activation import Activation
 from ast_plugin.errors import ActivationError
 
 _GONE = -1  # the version of a tensor that was taken away
+_NONE = 0  # no episode: nothing is on, or is being put on or taken off
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class RewindableActivation:
         self._rest: list[int] = []
         self._writes = 0
         self._episodes = 0
-        self._episode = 0
+        self._episode = _NONE
         self._resume: list[int] | None = None
 
     @property
@@ -96,6 +97,7 @@ class RewindableActivation:
         """Give the model its dense weights back; does nothing when it has them."""
         if self._inner.worn is None:
             return
+        self._episode = _NONE
         if self._versions(self._watched) != self._put_on[: self._watched]:
             self._writes += 1
         self._inner.take_off()
@@ -104,6 +106,11 @@ class RewindableActivation:
             _set_versions(self._tensors(), self._resume)
             self._resume = None
         self._rest = self._versions()
+
+    @property
+    def episode(self) -> int:
+        """Which putting on it was that is on the model now, as in `Mark`; 0 for none."""
+        return self._episode
 
     def mark(self) -> Mark | None:
         """Return what is on the model now, None when it is dense."""

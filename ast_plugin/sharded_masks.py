@@ -57,26 +57,31 @@ class ShardedMasks(MaskStore):
         Raises:
             ConfigError: If there is no such sub-net or parameter, or `mask` has another dtype or shape.
         """
-        self._check_parameter(parameter)
+        self.replace(sub_net, {parameter: mask})
+
+    def replace(self, sub_net: str, masks: Mapping[str, Tensor]) -> None:
+        """Replace several masks of a sub-net, each as `set` takes it.
+
+        Raises:
+            ConfigError: If there is no such sub-net or parameter, or a mask has another dtype or shape.
+        """
         self._check_sub_net(sub_net)
-        if mask.dtype != torch.bool or tuple(mask.shape) != self.shapes[parameter]:
-            raise ConfigError(
-                f"mask of {parameter!r} in sub-net {sub_net!r} must be bool of shape {self.shapes[parameter]}, "
-                f"got {mask.dtype} of shape {tuple(mask.shape)}"
-            )
-        layout = self._layouts[parameter]
-        if layout is None:
-            self.local.set(sub_net, parameter, mask)
-            count = self.local.kept(sub_net, parameter)
-        elif is_sharded(mask):
-            part = local_part(mask)
-            self.local.set(sub_net, parameter, part.clone())
-            count = int(add_over_ranks(torch.tensor([[count_kept(part)]], device=part.device), [layout]))
-        else:
-            self.local.set(sub_net, parameter, layout.part_of(mask))
-            count = count_kept(mask)
-        self._counts[sub_net][parameter] = count
-        self._decided[sub_net][parameter] = "" if is_sharded(mask) else _digest(mask)
+        for name, mask in masks.items():
+            self._check_mask(sub_net, name, mask)
+        parts, counts, decided = {}, {}, {}
+        for name, mask in masks.items():
+            layout = self._layouts[name]
+            if layout is not None and is_sharded(mask):
+                part = local_part(mask)
+                parts[name] = part.clone()
+                counts[name] = int(add_over_ranks(torch.tensor([[count_kept(part)]], device=part.device), [layout]))
+            else:
+                parts[name] = mask if layout is None else layout.part_of(mask)
+                counts[name] = count_kept(mask)
+            decided[name] = "" if is_sharded(mask) else _digest(mask)
+        self.local.replace(sub_net, parts)
+        self._counts[sub_net].update(counts)
+        self._decided[sub_net].update(decided)
 
     def of(self, sub_net: str) -> dict[str, Tensor]:
         """Return all masks of a sub-net by parameter name, lying on the ranks as the parameters do."""
@@ -135,9 +140,8 @@ class ShardedMasks(MaskStore):
                 fresh[name] = packed[name]
             else:
                 fresh[name] = unpack_bits(packed[name], shape)
-        for name, mask in fresh.items():
-            device = self.local.get(sub_net, name).device
-            self.set(sub_net, name, mask if is_sharded(mask) else mask.to(device))
+        devices = {name: self.local.get(sub_net, name).device for name in fresh}
+        self.replace(sub_net, {n: mask if is_sharded(mask) else mask.to(devices[n]) for n, mask in fresh.items()})
 
     def adopt(self, other: ShardedMasks) -> None:
         """Take all masks of a store for the same parameters; it must not be used afterwards."""

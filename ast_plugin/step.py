@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ast_plugin.attachment import is_stepping
 from ast_plugin.correction import Correction
 from ast_plugin.correction import correct as correct_parts
 from ast_plugin.distributed import average_over_ranks, check_same_on_all_ranks
@@ -18,6 +18,7 @@ from ast_plugin.inactive import clear_state_at
 from ast_plugin.parts import RunParts
 from ast_plugin.reference import ComparedGradients, correct_pairs, correct_whole
 from ast_plugin.sharding import Gathered, add_over_ranks
+from ast_plugin.updates import MaskUpdate
 
 
 class TrainingStep:
@@ -43,6 +44,8 @@ class TrainingStep:
         self._resting = False
         self._correction: Correction | None = None
         self._agreed = False
+        self._updated = False  # a step that is made again after it was broken off must not regrow twice
+        self._update: MaskUpdate | None = None
 
     @property
     def scheduled(self) -> str:
@@ -146,6 +149,11 @@ class TrainingStep:
             parts.inactive.restore(parts.parameters, parts.local_masks.of(self.scheduled), parts.optimizer)
         self._restore_rest()
 
+    def settle_unless_stepping(self) -> None:
+        """Come to rest, unless the optimizer is at work: weights are dense then."""
+        if not (self._carrying and is_stepping(self._parts.optimizer)):
+            self.settle()
+
     @contextlib.contextmanager
     def at_rest(self) -> Iterator[None]:
         """Have the model and the optimizer at rest for a moment, also in the middle of a step: a user's step hook."""
@@ -157,12 +165,11 @@ class TrainingStep:
 
     def rest(self) -> None:
         """Come to rest; a step in progress is only interrupted, for `go_on`."""
-        if self._carrying and _is_stepping(self._parts.optimizer):
+        self.settle_unless_stepping()
+        if self._carrying:
             self._resting = True
             self._parts.activation.take_off()
             self._parts.normalization.take_back(self._parts.optimizer)
-        else:
-            self.settle()
 
     def go_on(self) -> None:
         """Give a step in progress the sub-net's BatchNorm state again."""
@@ -183,8 +190,8 @@ class TrainingStep:
         self._reset()
 
     def _reset(self) -> None:
-        self._begun = self._counts = False
-        self._correction = None
+        self._begun = self._counts = self._updated = False
+        self._correction = self._update = None
         self._parts.gradients.end()
 
     def _happens(self) -> bool:
@@ -227,16 +234,19 @@ class TrainingStep:
 
     def _update_masks(self) -> None:
         parts, name = self._parts, self.scheduled
-        if not parts.updater.is_due(name, self.number, self.last_steps[name]):
+        if self._updated or not parts.updater.is_due(name, self.number, self.last_steps[name]):
             return
-        gradients = self._dense_gradients() if parts.method.needs_gradient else None
-        update = parts.updater.update(name, self.number, Gathered(parts.parameters), gradients)
-        if parts.grow_initialization == "zero":
-            self._start_at_zero(name, update.grown)
         parts.gradients.masks_changed()
+        if self._update is None:
+            gradients = self._dense_gradients() if parts.method.needs_gradient else None
+            self._update = parts.updater.update(name, self.number, Gathered(parts.parameters), gradients)
+        if parts.grow_initialization == "zero":
+            self._start_at_zero(name, self._update.grown)
         what = f"the masks of sub-net {name!r} at step {self.number}"
         check_same_on_all_ranks(what, parts.masks.checksum, name, model=parts.model)
-        parts.statistics.masks_updated(self.number, name, target=update.target, achieved=update.achieved)
+        target, achieved = self._update.target, self._update.achieved
+        self._updated, self._update = True, None
+        parts.statistics.masks_updated(self.number, name, target=target, achieved=achieved)
         parts.registry.notify("ast_masks_updated", training=self._owner, sub_net=name, step=self.number)
 
     def _dense_gradients(self) -> Mapping[str, torch.Tensor]:
@@ -338,13 +348,3 @@ class TrainingStep:
             update = parts.updater.finalize(name, self.number, Gathered(parts.parameters))
             parts.statistics.masks_updated(self.number, name, target=update.target, achieved=update.achieved)
             parts.registry.notify("ast_masks_updated", training=self._owner, sub_net=name, step=self.number)
-
-
-def _is_stepping(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether this is called from within the optimizer's step, and not after one that was broken off."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_locals.get("self") is optimizer:
-            return True
-        frame = frame.f_back
-    return False

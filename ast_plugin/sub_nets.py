@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ast_plugin.errors import ConfigError
+from ast_plugin.errors import ConfigError, near_names
 
 _N_OF_M = re.compile(r"^(\d+):(\d+)$")
 
@@ -85,6 +85,20 @@ def parse_sub_nets(
             )
         seen.add(spec.name)
     return tuple(specs)
+
+
+def check_sub_net(name: str, sub_nets: Sequence[str]) -> None:
+    """Refuse a name that no sub-net has.
+
+    Args:
+        name: What was asked for.
+        sub_nets: The names that there are.
+
+    Raises:
+        ConfigError: If `name` is not among them; the message has the near names.
+    """
+    if name not in sub_nets:
+        raise ConfigError(f"there is no sub-net {name!r}: {near_names(str(name), sub_nets)}")
 
 
 def is_n_of_m(text: str) -> bool:

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from ast_plugin.attachment import Attachment
 from ast_plugin.describe import Description, describe
 from ast_plugin.distributed import average_over_ranks, ranks
-from ast_plugin.errors import ConfigError, WrapError, near_names
+from ast_plugin.errors import ConfigError, WrapError
 from ast_plugin.events import RunEvents
 from ast_plugin.optimizer_modes import OptimizerModes
 from ast_plugin.parts import RunParts
 from ast_plugin.recalibration import Forward, recalibrate_each
 from ast_plugin.sharding import gathered
 from ast_plugin.step import TrainingStep
+from ast_plugin.sub_nets import check_sub_net
 from ast_plugin.training_files import SavedRun
 from ast_plugin.training_state import RunState
 from ast_plugin.twins import Twin
@@ -105,9 +106,9 @@ class AlternatingSparseTraining(SavedRun):
 
         Raises:
             ConfigError: If there is no such sub-net.
-            ActivationError: If the optimizer steps inside the block.
+            ActivationError: If the optimizer steps inside the block, or the model was wrapped anew after `detach`.
         """
-        self._check_name(name)
+        check_sub_net(name, self.sub_nets)
         with self._events.choose(name):
             yield self.model
 
@@ -138,15 +139,28 @@ class AlternatingSparseTraining(SavedRun):
         Raises:
             ConfigError: If there is no such sub-net, or the value is no number.
         """
-        self._check_name(sub_net)
+        check_sub_net(sub_net, self.sub_nets)
         try:
             self.metrics[sub_net][str(name)] = float(value)
         except (TypeError, ValueError):
             raise ConfigError(f"value of metric {name!r} must be a number, got {value!r}") from None
 
     def private_state(self, sub_net: str) -> dict[str, Tensor]:
-        """Return copies of a sub-net's private BatchNorm tensors by their names in the bare model's state dict."""
-        self._check_name(sub_net)
+        """Return copies of a sub-net's private BatchNorm tensors by their names in the bare model's state dict.
+
+        Empty where the model has no BatchNorm, or with ``private_normalization=False``.
+
+        Args:
+            sub_net: One of `sub_nets`.
+
+        Returns:
+            Affine parameters, running statistics and ``num_batches_tracked``, of the model's dtypes and on its devices;
+            where parameters are sharded, the affine ones are DTensors.
+
+        Raises:
+            ConfigError: If there is no such sub-net.
+        """
+        check_sub_net(sub_net, self.sub_nets)
         return self._parts.normalization.state(sub_net)
 
     def materialize(self, name: str) -> dict[str, Tensor]:
@@ -154,6 +168,12 @@ class AlternatingSparseTraining(SavedRun):
 
         Names are those of the bare model, inside wrappers for compilation and data-parallel use. Sharded parameters are
         gathered: a collective.
+
+        Args:
+            name: One of `sub_nets`.
+
+        Returns:
+            Copies of all entries of the bare model's state dict, of its shapes and dtypes and on its devices.
 
         Raises:
             ConfigError: If there is no such sub-net.
@@ -181,11 +201,11 @@ class AlternatingSparseTraining(SavedRun):
         Raises:
             ConfigError: If there is no such sub-net, the loader gives no batch, or several sub-nets share statistics.
         """
-        chosen = (sub_nets,) if isinstance(sub_nets, str) else sub_nets
         recalibrate_each(
             self.model,
             loader,
-            sub_nets=self.sub_nets if chosen is None else tuple(chosen),
+            sub_nets=sub_nets,
+            known=self.sub_nets,
             put_on=self.sub_net,
             private=self.config.private_normalization,
             forward=forward,
@@ -202,7 +222,8 @@ class AlternatingSparseTraining(SavedRun):
             model: The other model, on any device.
 
         Raises:
-            WrapError: If the parameters to prune are not in it, or it is this run's own model.
+            WrapError: If it is no module, the parameters to prune are not in it, or a run is training it.
+            ConfigError: If the parameters of this run are sharded.
 
         Example:
             >>> average = ast.twin(torch.optim.swa_utils.AveragedModel(model))
@@ -214,7 +235,7 @@ class AlternatingSparseTraining(SavedRun):
                 "twin() puts whole masks on a model, and every rank holds a part of them here; save() the run and load "
                 "the file beside the other model"
             )
-        return Twin(model, self)
+        return Twin(model, self, self._parts.normalization)
 
     def synchronize_normalization(self) -> None:
         """Average the running BatchNorm statistics of every sub-net over all ranks.
@@ -247,6 +268,9 @@ class AlternatingSparseTraining(SavedRun):
     def detach(self) -> nn.Module:
         """Remove every hook and return the model, an ordinary dense model with the default's BatchNorm state.
 
+        Nothing trains sub-nets any more. `sub_net`, `materialize` and `save` still apply the masks to the weights that
+        the model has then, until it is wrapped anew.
+
         Raises:
             ActivationError: If a sub-net is on, inside ``with sub_net(...)``.
         """
@@ -255,6 +279,7 @@ class AlternatingSparseTraining(SavedRun):
         if self._attachment is not None:
             self._attachment.remove()
             self._attachment = None
+            self._events.released = True
         self._modes.detach()
         self._parts.gradients.detach()
         self._parts.activation.release()
@@ -269,8 +294,4 @@ class AlternatingSparseTraining(SavedRun):
     def attach(self) -> None:
         """Register the hooks; called once, by `wrap`."""
         self._modes.attach()
-        self._attachment = Attachment(self.model, self._parts.bare, self.optimizer, self._events)
-
-    def _check_name(self, name: str) -> None:
-        if name not in self.sub_nets:
-            raise ConfigError(f"there is no sub-net {name!r}: {near_names(str(name), self.sub_nets)}")
+        self._attachment = Attachment(self._parts.called, self.model, self._parts.bare, self.optimizer, self._events)

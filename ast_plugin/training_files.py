@@ -53,7 +53,7 @@ class SavedRun(abc.ABC):
 
     @abc.abstractmethod
     def private_state(self, sub_net: str) -> dict[str, Tensor]:
-        """Return copies of a sub-net's private BatchNorm tensors."""
+        """Return copies of a sub-net's private BatchNorm tensors by their names in the bare model's state dict."""
 
     def state_dict(self, *, full: bool = False) -> dict[str, Any]:
         """Return the state of the run as tensors and plain containers, readable with ``weights_only=True``.
@@ -75,8 +75,12 @@ class SavedRun(abc.ABC):
 
         What an optimizer's state dict holds under ``ast_plugin`` is taken as well.
 
+        Args:
+            state: The state; it is not changed.
+
         Raises:
-            StateError: If the state belongs to other sub-nets or parameters; nothing has been changed then.
+            StateError: If it is no state, is damaged, or belongs to other sub-nets or parameters; nothing has been
+                changed then.
             ActivationError: If a sub-net is on, inside ``with sub_net(...)``.
         """
         self._events.before_load()
@@ -90,12 +94,13 @@ class SavedRun(abc.ABC):
         Args:
             path: The file; an older one is replaced only when the new one is complete.
             report: A report as plain containers to keep in the file's header.
-            twin: What `twin` returned: its weights and BatchNorm are written instead of the model's, without `metrics`,
-                which were measured on the model.
+            twin: What `AlternatingSparseTraining.twin` returned: its weights and BatchNorm are written instead of the
+                model's, without `metrics`, which were measured on the model.
 
         Raises:
             SaveError: If the file cannot be written; an older file is still there then.
-            ConfigError: If `twin` is something else.
+            ConfigError: If `twin` is something else, or something in `report` cannot be stored.
+            ActivationError: If the twin is a sub-net now, inside its ``with sub_net(...)``.
 
         Warns:
             UserWarning: If a sub-net is far from its target, because its mask schedule has not ended.
@@ -150,7 +155,8 @@ class SavedRun(abc.ABC):
                 scalers, and values: tensors, numbers, strings and containers of them.
 
         Raises:
-            ConfigError: If something cannot be loaded with ``weights_only=True``, or a name is taken.
+            ConfigError: If something cannot be loaded with ``weights_only=True``, a name is taken, or parameters are
+                sharded: `torch.distributed.checkpoint` saves those.
             ActivationError: If a sub-net is on, inside ``with sub_net(...)``.
             SaveError: If the file cannot be written; an older file is still there then.
         """
@@ -173,7 +179,7 @@ class SavedRun(abc.ABC):
 
         Raises:
             StateError: If the file is missing or damaged, holds other objects, or does not fit this run.
-            ConfigError: If a name is taken, or something given cannot load a state.
+            ConfigError: If a name is taken, something given cannot load a state, or parameters are sharded.
             ActivationError: If a sub-net is on, inside ``with sub_net(...)``.
         """
         self._refuse_in_block("load_checkpoint()")

@@ -32,12 +32,16 @@ class RunState:
         parts: The run's components.
         step: Its step counter.
         metrics: Measured figures by sub-net; changed in place by `restore`.
+
+    Attributes:
+        restored: Whether the run goes on from a saved state.
     """
 
     def __init__(self, parts: RunParts, step: TrainingStep, metrics: dict[str, dict[str, float]]) -> None:
         self._parts = parts
         self._step = step
         self._metrics = metrics
+        self.restored = False
 
     def collect(self, *, whole: bool = False) -> dict[str, Any]:
         """Return the state of the run at rest: plain containers and tensors; masks packed, eight weights a byte.
@@ -109,6 +113,7 @@ class RunState:
         parts.reference.load_state_dict(self._parts_of_reference(state["reference"]))
         parts.statistics.load_state_dict(state["statistics"])
         self._metrics.update(metrics)
+        self.restored = True
         self._step.restore(number, last_steps)
 
     def _reference(self) -> dict[str, Any]:
@@ -141,7 +146,14 @@ class RunState:
 
 
 def _check(parts: RunParts, state: Mapping[str, Any]) -> None:
-    version = state.get("format")
+    if not isinstance(state, Mapping) or "format" not in state:
+        keys = ", ".join(map(repr, list(state)[:3])) if isinstance(state, Mapping) else ""
+        raise StateError(
+            "the saved state must be what state_dict() of the controller returned, got "
+            f"{type(state).__name__}{f' with {keys}' if keys else ''}; pass that, or what the optimizer's state dict "
+            f"has under {KEY!r}"
+        )
+    version = state["format"]
     if version != FORMAT:
         raise StateError(
             f"the saved state has format {version!r}, this version reads {FORMAT}; resume with the ast-plugin version "

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from ast_plugin.activation import MaskedActivation
 from ast_plugin.attachment import is_attached
-from ast_plugin.errors import ActivationError, ConfigError, StateError, WrapError, near_names
+from ast_plugin.errors import ActivationError, ConfigError, StateError, WrapError
 from ast_plugin.masks import MaskStore
 from ast_plugin.normalization import PrivateNormalization
 from ast_plugin.packed_masks import PackedMasks
 from ast_plugin.recalibration import Forward, recalibrate_each
 from ast_plugin.slots import ParameterSlots, bare_model
+from ast_plugin.sub_nets import check_sub_net
 
 if TYPE_CHECKING:
     from ast_plugin.training import AlternatingSparseTraining
@@ -39,7 +40,7 @@ class Twin:
         model: The model as it was given.
     """
 
-    def __init__(self, model: nn.Module, run: AlternatingSparseTraining) -> None:
+    def __init__(self, model: nn.Module, run: AlternatingSparseTraining, normalization: PrivateNormalization) -> None:
         if not isinstance(model, nn.Module):
             raise WrapError(f"a twin must be a torch.nn.Module, got {type(model).__name__}")
         if is_attached(model):
@@ -49,6 +50,7 @@ class Twin:
             )
         self.model = model
         self._run = run
+        self._followed = normalization
         self._bare = _matching_part(model, run.masks.shapes)
         self._parameters = ParameterSlots(self._bare, run.masks.parameters)
         self._masks = MaskStore(run.sub_nets, run.masks.shapes)
@@ -56,6 +58,7 @@ class Twin:
             self._bare, run.sub_nets, run.default_sub_net, enabled=run.config.private_normalization
         )
         self._activation = MaskedActivation(PackedMasks(self._parameters, self._masks), self._normalization)
+        self._revisions: dict[str, int] = {}  # of the run's masks, when they were taken over
         self._chosen: list[str] = []
         self._updates = 0
         for name in self._others():
@@ -81,7 +84,7 @@ class Twin:
         Raises:
             ConfigError: If there is no such sub-net.
         """
-        self._check_name(name)
+        check_sub_net(name, self.sub_nets)
         self._chosen.append(name)
         try:
             self._put_on(name)
@@ -92,16 +95,31 @@ class Twin:
             if self._chosen:
                 self._put_on(self._chosen[-1])
 
-    def update(self, average: Average | None = None) -> None:
+    def update(self, average: Average | None = None, *, decay: float | None = None) -> None:
         """Let the BatchNorm of the sub-nets other than the default follow the run; the default's is in the model.
 
-        Call it whenever the average itself is updated. The first call takes the run's state over, as
-        `torch.optim.swa_utils.AveragedModel` does.
+        Call it whenever the average itself is updated.
 
         Args:
             average: From the averaged tensor, the present one and the number of updates before to the new average: what
-                ``get_ema_avg_fn`` and ``get_swa_avg_fn`` of `torch.optim.swa_utils` return. None: the present state.
+                ``get_ema_avg_fn`` and ``get_swa_avg_fn`` of `torch.optim.swa_utils` return. The first call takes the
+                run's state over, as `torch.optim.swa_utils.AveragedModel` does. None: the present state.
+            decay: Instead of a function, the share in [0, 1] that an exponential moving average keeps of itself, from
+                the first call on; all tensors are averaged together, which takes a small part of the time.
+
+        Raises:
+            ConfigError: If both are given, or `decay` is no such share.
         """
+        if decay is not None:
+            if average is not None or not 0 <= decay <= 1:
+                raise ConfigError(
+                    f"decay must lie in [0, 1] and stand alone, got decay={decay!r}, average={average!r}; give either "
+                    "a decay or a function"
+                )
+            for name in self._others():
+                self._normalization.move_towards(self._followed, name, 1 - decay)
+            self._updates += 1
+            return
         with torch.no_grad():
             for name in self._others():
                 kept = self._normalization.state(name)
@@ -126,7 +144,7 @@ class Twin:
 
         Args:
             loader: Batches; iterated once a sub-net, so it must be re-iterable.
-            sub_nets: Which ones; None takes all.
+            sub_nets: Which ones, or the name of one; None takes all.
             forward: How to run the model on a batch, as in `AlternatingSparseTraining.recalibrate`.
             max_batches: How many batches to use for each; None takes all.
 
@@ -136,7 +154,8 @@ class Twin:
         recalibrate_each(
             self.model,
             loader,
-            sub_nets=self.sub_nets if sub_nets is None else tuple(sub_nets),
+            sub_nets=sub_nets,
+            known=self.sub_nets,
             put_on=self.sub_net,
             private=self._run.config.private_normalization,
             forward=forward,
@@ -144,8 +163,15 @@ class Twin:
         )
 
     def private_state(self, sub_net: str) -> dict[str, Tensor]:
-        """Return copies of a sub-net's BatchNorm tensors by their names in the run's model."""
-        self._check_name(sub_net)
+        """Return copies of a sub-net's BatchNorm tensors by their names in the run's model.
+
+        Args:
+            sub_net: One of `sub_nets`.
+
+        Raises:
+            ConfigError: If there is no such sub-net.
+        """
+        check_sub_net(sub_net, self.sub_nets)
         return self._normalization.state(sub_net)
 
     def dense_state(self) -> dict[str, Tensor]:
@@ -160,6 +186,9 @@ class Twin:
 
     def materialize(self, name: str) -> dict[str, Tensor]:
         """Return one sub-net of the twin as an ordinary state dict, as `AlternatingSparseTraining.materialize` does.
+
+        Args:
+            name: One of `sub_nets`.
 
         Raises:
             ConfigError: If there is no such sub-net.
@@ -196,14 +225,13 @@ class Twin:
         return [name for name in self.sub_nets if name != self._run.default_sub_net]
 
     def _put_on(self, name: str) -> None:
-        for parameter, mask in self._run.masks.of(name).items():
+        revision = self._run.masks.revision(name)
+        if self._revisions.get(name) != revision:
             # A store of its own: a twin on another device must not draw the run's masks there.
-            self._masks.set(name, parameter, mask.to(self._parameters[parameter].device))
+            for parameter, mask in self._run.masks.of(name).items():
+                self._masks.set(name, parameter, mask)
+            self._revisions[name] = revision
         self._activation.put_on(name)
-
-    def _check_name(self, name: str) -> None:
-        if name not in self.sub_nets:
-            raise ConfigError(f"there is no sub-net {name!r}: {near_names(str(name), self.sub_nets)}")
 
 
 def _matching_part(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:

@@ -116,8 +116,7 @@ class MaskUpdater:
             sparsity = self._initial_sparsity(plan)
             first = chance if not self.method.reselect else self.method.drop_score
             selected = self._select(plan, sparsity, weights, None, step=-1, scores=first)
-            for parameter, units in selected.items():
-                self.masks.set(name, parameter, plan.pattern.expand(units, self.masks.shapes[parameter]))
+            self.masks.replace(name, self._expanded(plan, selected))
 
     def update(
         self, sub_net: str, step: int, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None
@@ -147,7 +146,8 @@ class MaskUpdater:
         else:
             present = ((name, full(self.masks.get(sub_net, name))) for name in self.masks.parameters)
             selected = {name: plan.pattern.reduce_mask(mask) for name, mask in present}
-        grown = {}
+        grown: dict[str, Tensor] = {}
+        masks: dict[str, Tensor] = {}
         owed = self._owed(plan, sparsity, selected, weights)
         for name, kept in selected.items():
             if self.method.grow_score is not None:
@@ -158,7 +158,8 @@ class MaskUpdater:
             new = after & ~before
             if count_kept(new):
                 grown[name] = new
-            self.masks.set(sub_net, name, after)
+            masks[name] = after
+        self.masks.replace(sub_net, masks)  # at once: an interrupt must not leave some to be renewed twice
         return MaskUpdate(sub_net=sub_net, target=sparsity, achieved=self.masks.sparsity(sub_net), grown=grown)
 
     def finalize(self, sub_net: str, step: int, weights: Mapping[str, Tensor]) -> MaskUpdate:
@@ -172,9 +173,12 @@ class MaskUpdater:
         plan = self.plans[sub_net]
         if self.method.reselect:
             chosen = self._select(plan, plan.target_sparsity, weights, None, step=step, scores=self.method.drop_score)
-            for name, kept in chosen.items():
-                self.masks.set(sub_net, name, plan.pattern.expand(kept, self.masks.shapes[name]))
+            self.masks.replace(sub_net, self._expanded(plan, chosen))
         return MaskUpdate(sub_net=sub_net, target=plan.target_sparsity, achieved=self.masks.sparsity(sub_net), grown={})
+
+    def _expanded(self, plan: SubNetPlan, units: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return unit masks as masks of weights."""
+        return {name: plan.pattern.expand(kept, self.masks.shapes[name]) for name, kept in units.items()}
 
     def _initial_sparsity(self, plan: SubNetPlan) -> float:
         start = self.method.initial_sparsity if self.config.initial_sparsity is None else self.config.initial_sparsity

@@ -76,6 +76,7 @@ def wrap(
     model: nn.Module,
     config: ASTConfig | None = None,
     *,
+    outermost: nn.Module | None = None,
     plugins: Sequence[object] = (),
     **options: Unpack[ASTOptions],
 ) -> AlternatingSparseTraining:
@@ -85,9 +86,11 @@ def wrap(
 
     Args:
         optimizer: The optimizer that trains `model`, any torch optimizer, constructed before this call.
-        model: The outermost module that the training loop calls; where it is a wrapper for compilation or data-parallel
-            use, parameters have the names that they have inside it.
+        model: The network, which the training loop calls; where it is a wrapper for compilation or data-parallel use,
+            parameters have the names that they have inside it.
         config: All settings as one object, instead of `options`.
+        outermost: The module that the training loop calls, where that is one around `model` which does more than hold
+            it: it adds the loss, or a teacher. Parameters, files and exports keep the names that they have in `model`.
         plugins: Plugin objects for this run alone, beside the installed ones.
         **options: The settings of `ASTConfig` by name, for example ``sparsities=(0.9, 0.95)``, ``total_steps=1000``.
             ``method`` may also be a `Method` object.
@@ -108,9 +111,10 @@ def wrap(
     settings = _settings(config, dict(options))
     optimizer = innermost_optimizer(optimizer)
     _check_kind(optimizer, model)
+    _check_outermost(outermost, model)
     registry = PluginRegistry(plugins)
     rule = method if isinstance(method, Method) else registry.method(settings.method)
-    parts = _build(optimizer, model, settings, registry, rule)
+    parts = _build(optimizer, model, settings, registry, rule, called=model if outermost is None else outermost)
     parts.updater.initialize(Gathered(parts.parameters))
     if not parts.sharded:  # gathered weights are the same to all ranks
         _take_from_first_rank(parts)
@@ -171,8 +175,29 @@ def _check_kind(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         raise WrapError(f"parameter {lazy[0]!r} has no shape yet; run one forward pass before wrapping the model")
 
 
+def _check_outermost(outermost: object, model: nn.Module) -> None:
+    if outermost is None:
+        return
+    if not isinstance(outermost, nn.Module):
+        raise WrapError(f"outermost must be a torch.nn.Module around the model, got {type(outermost).__name__}")
+    bare = bare_model(model)
+    if not any(module is bare for module in outermost.modules()):
+        raise WrapError(
+            f"outermost, a {type(outermost).__name__}, does not hold the model, a {type(bare).__name__}; give the "
+            "module that the training loop calls and that has this very model inside, or leave it out"
+        )
+    if is_attached(outermost):
+        raise WrapError("outermost is wrapped already; call detach() on its controller first")
+
+
 def _build(
-    optimizer: torch.optim.Optimizer, model: nn.Module, config: ASTConfig, registry: PluginRegistry, method: Method
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    config: ASTConfig,
+    registry: PluginRegistry,
+    method: Method,
+    *,
+    called: nn.Module,
 ) -> RunParts:
     specs = config.sub_nets
     names = tuple(spec.name for spec in specs)
@@ -210,6 +235,7 @@ def _build(
     updater = MaskUpdater(config, plans, method=method, distribution=distribution, masks=masks)
     normalization = PrivateNormalization(bare, names, default, enabled=config.private_normalization)
     _check_private_in_optimizer(optimizer, bare, normalization.parameter_names)
+    _check_first_momentum(optimizer, normalization.parameter_names)
     normalization.adopt_optimizer_state(optimizer)
     packed = PackedMasks(local, local_masks)
     gradients = GradientMasks(local, local_masks, packed, owners=parameters)
@@ -228,6 +254,7 @@ def _build(
         names=names,
         default=default,
         model=model,
+        called=called,
         bare=bare,
         optimizer=optimizer,
         registry=registry,
@@ -281,6 +308,17 @@ def _check_private_in_optimizer(optimizer: torch.optim.Optimizer, model: nn.Modu
             raise SelectionError(
                 f"the optimizer does not train {name!r}, a BatchNorm parameter that every sub-net has its own of; "
                 "train it with this optimizer, freeze it, or share BatchNorm with private_normalization=False"
+            )
+
+
+def _check_first_momentum(optimizer: torch.optim.Optimizer, private: Sequence[str]) -> None:
+    """Refuse the one optimizer whose first step differs from a step with zeroed state, which fused ones are given."""
+    for group in optimizer.param_groups:
+        if private and group.get("fused") and group.get("momentum") and group.get("dampening"):
+            raise WrapError(
+                f"{type(optimizer).__name__} with fused=True and dampening={group['dampening']:g} would damp the first "
+                "step of every sub-net's BatchNorm parameters, which no optimizer damps; use fused=False, dampening=0, "
+                "or private_normalization=False"
             )
 
 

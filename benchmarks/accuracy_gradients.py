@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,16 +70,27 @@ class AveragedReference:
             gradient.sub_(reference, alpha=inner / square)
 
 
-class OwnerScaling:
-    """Scales the gradient of a weight that few sub-nets keep, because fewer steps train it.
+class ScaledGradients(abc.ABC):
+    """Scales the gradients of single weights, by factors that depend on which sub-nets keep them.
 
-    A weight kept by k of N sub-nets has its gradient multiplied by (N / k) ** power.
+    Args:
+        first: The step from which on this holds.
     """
 
-    def __init__(self, power: float = 1.0) -> None:
-        self._power = power
+    def __init__(self, first: int) -> None:
+        self._first = first
+        self._step = 0
         self._training: AlternatingSparseTraining | None = None
-        self._factors: dict[str, Tensor] = {}
+        self._factors: dict[tuple[str, str], Tensor] = {}
+
+    @abc.abstractmethod
+    def factor(self, training: AlternatingSparseTraining, sub_net: str, name: str) -> Tensor:
+        """Return what the gradient of a parameter is multiplied by in a step of `sub_net`."""
+
+    @hookimpl
+    def ast_step_finished(self, training: AlternatingSparseTraining, step: int, sub_net: str) -> None:
+        """Count the steps."""
+        self._training, self._step = training, step + 1
 
     @hookimpl
     def ast_masks_updated(self, training: AlternatingSparseTraining, sub_net: str, step: int) -> None:
@@ -96,17 +108,32 @@ class OwnerScaling:
         sub_net: str,
     ) -> Correction:
         """Scale; nothing is corrected."""
-        if self._training is not None:
+        if self._training is not None and self._step >= self._first:
             for name, gradient in zip(names, gradients, strict=True):
-                if name not in self._factors:
-                    masks = torch.stack([self._training.masks.get(s, name) for s in self._training.sub_nets])
-                    owners = masks.sum(0).clamp(min=1)
-                    self._factors[name] = (len(masks) / owners) ** self._power
-                gradient.mul_(self._factors[name])
+                if (sub_net, name) not in self._factors:
+                    self._factors[sub_net, name] = self.factor(self._training, sub_net, name)
+                gradient.mul_(self._factors[sub_net, name])
         return Correction()
 
 
-class SparsestOwns:
+class OwnerScaling(ScaledGradients):
+    """Scales the gradient of a weight that few sub-nets keep, because fewer steps train it.
+
+    A weight kept by k of N sub-nets has its gradient multiplied by (N / k) ** power.
+    """
+
+    def __init__(self, power: float = 1.0) -> None:
+        super().__init__(first=0)
+        self._power = power
+
+    def factor(self, training: AlternatingSparseTraining, sub_net: str, name: str) -> Tensor:
+        """Return the factors, the same in the steps of all sub-nets."""
+        masks = torch.stack([training.masks.get(s, name) for s in training.sub_nets])
+        owners = masks.sum(0).clamp(min=1)
+        return (len(masks) / owners) ** self._power
+
+
+class SparsestOwns(ScaledGradients):
     """Late in the run, leaves every weight to the sparsest of the sub-nets that keep it.
 
     The others' gradients of that weight are multiplied by a factor. A sparse sub-net then converges undisturbed, and
@@ -118,39 +145,11 @@ class SparsestOwns:
     """
 
     def __init__(self, first: int, factor: float = 0.0) -> None:
-        self._first, self._factor = first, factor
-        self._step = 0
-        self._training: AlternatingSparseTraining | None = None
-        self._factors: dict[tuple[str, str], Tensor] = {}
+        super().__init__(first)
+        self._factor = factor
 
-    @hookimpl
-    def ast_step_finished(self, training: AlternatingSparseTraining, step: int, sub_net: str) -> None:
-        """Count the steps."""
-        self._training, self._step = training, step + 1
-
-    @hookimpl
-    def ast_masks_updated(self, training: AlternatingSparseTraining, sub_net: str, step: int) -> None:
-        """Have the factors made anew."""
-        self._factors.clear()
-
-    @hookimpl
-    def ast_correct_gradients(
-        self,
-        gradients: Sequence[Tensor],
-        references: Sequence[Tensor],
-        options: CorrectionOptions,
-        names: Sequence[str],
-        sub_net: str,
-    ) -> Correction:
-        """Scale; nothing is corrected."""
-        if self._training is not None and self._step >= self._first:
-            for name, gradient in zip(names, gradients, strict=True):
-                if (sub_net, name) not in self._factors:
-                    self._factors[sub_net, name] = self._scale(self._training, sub_net, name)
-                gradient.mul_(self._factors[sub_net, name])
-        return Correction()
-
-    def _scale(self, training: AlternatingSparseTraining, sub_net: str, name: str) -> Tensor:
+    def factor(self, training: AlternatingSparseTraining, sub_net: str, name: str) -> Tensor:
+        """Return 1, and the factor where a sparser sub-net keeps the weight too."""
         masks = training.masks
         scale = torch.ones(masks.get(sub_net, name).shape)
         for other in training.sub_nets:

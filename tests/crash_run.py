@@ -6,6 +6,7 @@ for each line of options on standard input and prints how it ended. So thirty de
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -172,8 +173,8 @@ def after(owner: Any, name: str, die: Callable[[], None]) -> None:
 class CutOffFile:
     """A file whose bytes are on disk as soon as they are written, until the process dies between two of them."""
 
-    def __init__(self, path: Path, die: Callable[[], None]) -> None:
-        self.file = path.open("wb", buffering=0)
+    def __init__(self, file: io.FileIO, die: Callable[[], None]) -> None:
+        self.file = file
         self.die = die
 
     def write(self, data: bytes) -> int:
@@ -190,21 +191,19 @@ class CutOffFile:
 def cut_off_torch_save(die: Callable[[], None]) -> None:
     real = torch.save
 
-    def save(contents: Any, target: Any) -> None:
-        file = CutOffFile(target, die)
-        real(contents, file)
-        file.file.close()
+    def save(contents: Any, target: io.BufferedWriter) -> None:
+        real(contents, CutOffFile(target.raw, die))
 
     torch.save = save
 
 
 def cut_off_safetensors(die: Callable[[], None]) -> None:
     def save(tensors: dict[str, Tensor], target: Path, metadata: dict[str, str]) -> None:
-        file = CutOffFile(target, die)
         data = safetensors.torch.save(tensors, metadata=metadata)
-        for begin in range(0, len(data), 4096):
-            file.write(data[begin : begin + 4096])
-        file.file.close()
+        with target.open("wb", buffering=0) as opened:
+            file = CutOffFile(opened, die)
+            for begin in range(0, len(data), 4096):
+                file.write(data[begin : begin + 4096])
 
     sealed_file.save_file = save
 

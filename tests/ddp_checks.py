@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from checkpoints import App
+from global_batches import CLIP, OPTIONS, STEPS, Batch, clipped_step, close, mine, same_masks, single
 from networks import adamw, assert_same, conv_net, image_batch, mlp, sgd, snapshot, vector_batch, wrapped
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,12 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ast_plugin
 from ast_plugin.distributed import average_over_ranks, check_same_on_all_ranks, ranks
-
-STEPS = 24
-CLIP = 0.2  # low enough to clip most gradients
-OPTIONS: dict[str, Any] = {"total_steps": STEPS, "update_interval": 4, "sparsities": (0.5, 0.8, 0.9)}
-
-Batch = Callable[[int], tuple[Tensor, Tensor]]
 
 
 class Branches(nn.Module):
@@ -45,28 +40,6 @@ class Branches(nn.Module):
 def branches() -> Branches:
     torch.manual_seed(0)
     return Branches()
-
-
-def mine(tensor: Tensor) -> Tensor:
-    """Return this rank's half of a batch."""
-    return tensor.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def single(
-    make: Callable[[], nn.Module], batch: Batch, *, parts: int = 1, optimizer: Callable = sgd, **options: Any
-) -> tuple[nn.Module, ast_plugin.AlternatingSparseTraining]:
-    """Train one process on global batches, `parts` micro-batches a step."""
-    assert not dist.is_initialized()
-    model = make()
-    _, optimizer, ast = wrapped(model, optimizer(model), **{**OPTIONS, **options})
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        inputs, labels = batch(step)
-        for part, target in zip(inputs.chunk(parts), labels.chunk(parts), strict=True):
-            (functional.cross_entropy(model(part), target) / parts).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-    return model, ast
 
 
 def parallel(
@@ -91,29 +64,21 @@ def parallel(
     model = around(module)
     if not inside:
         _, _, ast = wrapped(model, optimizer, **{**OPTIONS, **options})
+
+    def synchronise(last: bool) -> None:
+        module.require_backward_grad_sync = not no_sync or last
+
     for step in range(STEPS):
-        optimizer.zero_grad()
-        inputs, labels = (mine(tensor) for tensor in batch(step))
-        micro = list(zip(inputs.chunk(parts), labels.chunk(parts), strict=True))
-        for index, (part, target) in enumerate(micro):
-            module.require_backward_grad_sync = not no_sync or index == len(micro) - 1
-            (functional.cross_entropy(model(part), target) / parts).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
+        inputs, labels = batch(step)
+        clipped_step(model, optimizer, (mine(inputs), mine(labels)), parts, synchronise)
     return bare, ast
 
 
-def close(one: nn.Module, other: nn.Module) -> None:
-    others = dict(other.named_parameters())
-    for name, parameter in one.named_parameters():
-        torch.testing.assert_close(
-            parameter, others[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
-        )
-
-
-def same_masks(one: ast_plugin.AlternatingSparseTraining, other: ast_plugin.AlternatingSparseTraining) -> None:
-    for name in one.sub_nets:
-        assert_same(one.masks.of(name), other.masks.of(name))
+def train_halves(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    """Train on this rank's halves of batches of images."""
+    for step in steps:
+        images, labels = image_batch(step)
+        clipped_step(model, optimizer, (mine(images), mine(labels)))
 
 
 def same_on_all_ranks(model: nn.Module, ast: ast_plugin.AlternatingSparseTraining, *, buffers: bool = False) -> None:
@@ -306,16 +271,9 @@ def rank_0_alone_saves_and_both_resume(folder: Path) -> Iterator[None]:
             _, _, ast = wrapped(model, optimizer, **OPTIONS)
         return bare, model, optimizer, ast
 
-    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-        for step in steps:
-            optimizer.zero_grad()
-            images, labels = (mine(tensor) for tensor in image_batch(step))
-            functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-
     for inside in (True, False):
         bare, model, optimizer, ast = start(0, inside)
-        train(model, optimizer, range(10))
+        train_halves(model, optimizer, range(10))
         path = folder / f"checkpoint{inside}.pt"
         if dist.get_rank() == 0:  # anything that waited for rank 1 here would run into the timeout
             torch.save({"model": bare.state_dict(), "optimizer": optimizer.state_dict()}, path)
@@ -328,13 +286,13 @@ def rank_0_alone_saves_and_both_resume(folder: Path) -> Iterator[None]:
                 bare(image_batch(0)[0])
             bare.train()
         dist.barrier()
-        train(model, optimizer, range(10, STEPS))
+        train_halves(model, optimizer, range(10, STEPS))
 
         again, model_again, optimizer_again, ast_again = start(7 + dist.get_rank(), inside)
         checkpoint = torch.load(path, weights_only=True)
         again.load_state_dict(checkpoint["model"])
         optimizer_again.load_state_dict(checkpoint["optimizer"])
-        train(model_again, optimizer_again, range(10, STEPS))
+        train_halves(model_again, optimizer_again, range(10, STEPS))
         same_on_all_ranks(again, ast_again)
         same_masks(ast, ast_again)
         if dist.get_rank() == 0:  # the statistics in the checkpoint are those of rank 0
@@ -354,21 +312,14 @@ def a_distributed_checkpoint_brings_both_ranks_back(folder: Path) -> Iterator[No
         _, _, ast = wrapped(bare, optimizer, **OPTIONS)
         return DistributedDataParallel(bare), optimizer, ast
 
-    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-        for step in steps:
-            optimizer.zero_grad()
-            images, labels = (mine(tensor) for tensor in image_batch(step))
-            functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-
     model, optimizer, ast = start(0)
-    train(model, optimizer, range(11))
+    train_halves(model, optimizer, range(11))
     dcp.save({"app": App(model, optimizer), "ast": ast}, checkpoint_id=folder / "dcp")
-    train(model, optimizer, range(11, STEPS))
+    train_halves(model, optimizer, range(11, STEPS))
     again, optimizer_again, ast_again = start(9)
     dcp.load({"app": App(again, optimizer_again), "ast": ast_again}, checkpoint_id=folder / "dcp")
     assert ast_again.step == 11
-    train(again, optimizer_again, range(11, STEPS))
+    train_halves(again, optimizer_again, range(11, STEPS))
     same_masks(ast, ast_again)
     same_on_all_ranks(again, ast_again)
     parameters = dict(model.named_parameters())  # statistics may be those of either rank

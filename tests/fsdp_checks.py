@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from checkpoints import App
+from global_batches import CLIP, OPTIONS, STEPS, Batch, clipped_step, close, mine, same_masks, single, whole
 from networks import adamw, assert_same, conv_net, image_batch, mlp, sgd, vector_batch, wrapped
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
@@ -23,12 +24,7 @@ from torch.nn import functional
 
 import ast_plugin
 
-STEPS = 24
-CLIP = 0.2  # low enough to clip most gradients
-OPTIONS: dict[str, Any] = {"total_steps": STEPS, "update_interval": 4, "sparsities": (0.5, 0.8, 0.9)}
 SUB_NETS = ("s50", "s80", "s90")
-
-Batch = Callable[[int], tuple[Tensor, Tensor]]
 
 
 def uneven(seed: int = 0) -> nn.Sequential:
@@ -41,34 +37,6 @@ def large(seed: int = 0) -> nn.Sequential:
     """A weight whose two parts lie on either side of the size up to which tensors are packed together."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(12, 300), nn.ReLU(), nn.Linear(300, 437), nn.ReLU(), nn.Linear(437, 4))
-
-
-def mine(tensor: Tensor) -> Tensor:
-    """Return this rank's half of a batch."""
-    return tensor.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def single(
-    make: Callable[[], nn.Module],
-    batch: Batch,
-    *,
-    parts: int = 1,
-    optimizer: Callable = sgd,
-    steps: int = STEPS,
-    **options: Any,
-) -> tuple[nn.Module, ast_plugin.AlternatingSparseTraining]:
-    """Train one process on global batches, `parts` micro-batches a step."""
-    assert not dist.is_initialized()
-    model = make()
-    _, optimizer, ast = wrapped(model, optimizer(model), **{**OPTIONS, **options})
-    for step in range(steps):
-        optimizer.zero_grad()
-        inputs, labels = batch(step)
-        for part, target in zip(inputs.chunk(parts), labels.chunk(parts), strict=True):
-            (functional.cross_entropy(model(part), target) / parts).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-    return model, ast
 
 
 def shard(model: nn.Module, **how: Any) -> nn.Module:
@@ -103,48 +71,23 @@ def train(
     no_sync: bool = True,
     ahead: bool = False,
 ) -> None:
+    def prepare(last: bool) -> None:
+        if parts > 1 and no_sync:
+            model.set_requires_gradient_sync(last)
+        if ahead:
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.unshard()
+
     for step in steps:
-        optimizer.zero_grad()
-        inputs, labels = (mine(tensor) for tensor in batch(step))
-        micro = list(zip(inputs.chunk(parts), labels.chunk(parts), strict=True))
-        for index, (part, target) in enumerate(micro):
-            if parts > 1 and no_sync:
-                model.set_requires_gradient_sync(index == len(micro) - 1)
-            if ahead:
-                for module in model.modules():
-                    if isinstance(module, FSDPModule):
-                        module.unshard()
-            (functional.cross_entropy(model(part), target) / parts).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
+        inputs, labels = batch(step)
+        clipped_step(model, optimizer, (mine(inputs), mine(labels)), parts, prepare)
 
 
 def written(state: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def close(sharded: nn.Module, other: nn.Module) -> None:
-    others = dict(other.named_parameters())
-    for name, parameter in sharded.named_parameters():
-        name = name.removeprefix("_orig_mod.")
-        torch.testing.assert_close(
-            whole(parameter), whole(others[name]), rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
-def same_masks(sharded: ast_plugin.AlternatingSparseTraining, other: ast_plugin.AlternatingSparseTraining) -> None:
-    for name in other.sub_nets:
-        for parameter in other.masks.parameters:
-            mask = sharded.masks.get(name, parameter)
-            assert torch.equal(whole(mask), other.masks.get(name, parameter)), (name, parameter)
-            assert sharded.masks.kept(name, parameter) == other.masks.kept(name, parameter)
-        assert sharded.masks.sparsity(name) == other.masks.sparsity(name)
 
 
 def two_ranks_equal_one_process(folder: Path) -> Iterator[None]:
@@ -366,11 +309,7 @@ def a_full_state_goes_between_one_process_and_shards(folder: Path) -> Iterator[N
     model = conv_net()
     _, optimizer, ast = wrapped(model, sgd(model), **OPTIONS)
     for step in range(11):  # whole batches, as in `single`, but the loop below goes on from here
-        optimizer.zero_grad()
-        for part, target in zip(*(tensor.chunk(2) for tensor in image_batch(step)), strict=True):
-            (functional.cross_entropy(model(part), target) / 2).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
+        clipped_step(model, optimizer, image_batch(step), parts=2)
     saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     saved = torch.load(io.BytesIO(written(saved)), weights_only=True)
     expected, expected_ast = single(conv_net, image_batch, parts=2)

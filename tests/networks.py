@@ -111,6 +111,11 @@ def wrapped(
     return model, optimizer, ast_plugin.wrap(optimizer, model, **{**SETTINGS, **options})
 
 
+def nonzero(model: nn.Module, ast: ast_plugin.AlternatingSparseTraining) -> int:
+    """Count the weights that are not zero among those to prune: all of them while the model is dense."""
+    return sum(int(model.get_parameter(name).count_nonzero()) for name in ast.masks.parameters)
+
+
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Copy parameters and buffers without going through ``state_dict``, whose hooks would tidy up first."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())

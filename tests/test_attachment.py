@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 from typing import Any
 
@@ -20,6 +21,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.events: list[str] = []
+        self.dropped: list[Any] = []
 
     def before_forward(self) -> None:
         self.events.append("before_forward")
@@ -50,8 +52,17 @@ class Recorder:
     def after_state_access(self) -> None:
         pass
 
+    def before_part_access(self) -> None:
+        self.events.append("part")
+
     def before_load(self) -> None:
         self.events.append("load")
+
+    def after_load(self) -> None:
+        self.events.append("loaded")
+
+    def graph_dropped(self, passed: Any) -> None:
+        self.dropped.append(passed)
 
     def add_state(self, state_dict: dict[str, Any]) -> None:
         state_dict["mine"] = 1
@@ -98,7 +109,7 @@ class Shaped(nn.Module):
 @pytest.mark.parametrize("shape", sorted(SHAPES))
 def test_the_end_of_backward_is_reported_whatever_the_model_returns(shape: str) -> None:
     model, recorder = Shaped(shape), Recorder()
-    attachment = Attachment(model, model, sgd(model), recorder)
+    attachment = Attachment(model, model, model, sgd(model), recorder)
     loss = SHAPES[shape][1](model(torch.ones(2, 3)))
     recorder.events.clear()
     loss.backward()
@@ -118,7 +129,7 @@ def test_with_activation_checkpointing_it_is_reported_once_and_last(reentrant: b
             return checkpoint(self.second, x, use_reentrant=reentrant)
 
     model, recorder = Checkpointed(), Recorder()
-    Attachment(model, model, sgd(model), recorder)
+    Attachment(model, model, model, sgd(model), recorder)
     output = model(torch.ones(2, 3, requires_grad=True))
     recorder.events.clear()
     for layer in (model.first, model.second):
@@ -130,7 +141,7 @@ def test_with_activation_checkpointing_it_is_reported_once_and_last(reentrant: b
 def test_events_come_in_the_order_of_a_step() -> None:
     model, recorder = Shaped("tensor"), Recorder()
     optimizer = sgd(model)
-    Attachment(model, model, optimizer, recorder)
+    Attachment(model, model, model, optimizer, recorder)
     model(torch.ones(2, 3)).backward()
     optimizer.step()
     assert recorder.events == [
@@ -149,7 +160,7 @@ def test_events_come_in_the_order_of_a_step() -> None:
 
 def test_every_backward_is_reported_also_a_second_one_and_one_after_an_error() -> None:
     model, recorder = Shaped("tensor"), Recorder()
-    Attachment(model, model, sgd(model), recorder)
+    Attachment(model, model, model, sgd(model), recorder)
     output = model(torch.ones(2, 3))
 
     def fail(_: Tensor) -> None:
@@ -169,7 +180,7 @@ def test_every_backward_is_reported_also_a_second_one_and_one_after_an_error() -
 
 def test_recording_gradients_leaves_the_end_to_the_next_backward() -> None:
     model, recorder = Shaped("tensor"), Recorder()
-    Attachment(model, model, sgd(model), recorder)
+    Attachment(model, model, model, sgd(model), recorder)
     inputs = torch.ones(2, 3, requires_grad=True)
     output = model(inputs)
     recorder.events.clear()
@@ -179,16 +190,49 @@ def test_recording_gradients_leaves_the_end_to_the_next_backward() -> None:
     assert recorder.events == ["before_backward", "before_backward", "after_backward"]
 
 
+def test_a_graph_that_is_gone_is_reported_once_all_outputs_behind_it_are() -> None:
+    model, recorder = Shaped("dict"), Recorder()
+    Attachment(model, model, model, sgd(model), recorder)
+    output = model(torch.ones(2, 3))["a"]["b"]
+    loss = output.square()
+    del output
+    assert recorder.dropped == []
+    loss.backward()
+    assert recorder.dropped == []
+    del loss
+    assert recorder.dropped == ["this forward"]
+    with torch.no_grad():
+        model(torch.ones(2, 3))  # records nothing
+    assert recorder.dropped == ["this forward"]
+    assert recorder.events.count("unseen") == 1
+
+
+def test_parts_are_announced_but_not_while_the_whole_is_loaded() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 3)), nn.Linear(3, 1))
+    recorder = Recorder()
+    attachment = Attachment(model, model, model, sgd(model), recorder)
+    state = model[0].state_dict()
+    assert set(recorder.events) == {"part"}
+    recorder.events.clear()
+    model[0].load_state_dict(state)
+    assert recorder.events == ["load", "loaded"]
+    copy.deepcopy(model[0])
+    assert set(recorder.events[2:]) == {"part"}
+    attachment.remove()
+    assert not any(m._state_dict_pre_hooks or m._load_state_dict_pre_hooks for m in model.modules())
+    assert not any(m._load_state_dict_post_hooks for m in model.modules())
+
+
 def test_state_dicts_are_announced_extended_and_stripped() -> None:
     model, recorder = Shaped("tensor"), Recorder()
     optimizer = sgd(model)
-    attachment = Attachment(model, model, optimizer, recorder)
+    attachment = Attachment(model, model, model, optimizer, recorder)
     state = optimizer.state_dict()
     assert state["mine"] == 1
     optimizer.load_state_dict(state)
     assert state["mine"] == 1
     model.load_state_dict(model.state_dict())
-    assert recorder.events == ["state", "state", "load"]
+    assert recorder.events == ["state", "state", "part", "load", "loaded"]
     attachment.remove()
     assert "mine" not in optimizer.state_dict()
 
@@ -196,7 +240,7 @@ def test_state_dicts_are_announced_extended_and_stripped() -> None:
 def test_what_is_attached_is_known_until_removed() -> None:
     model, other = Shaped("tensor"), Shaped("tensor")
     optimizer, idle = sgd(model), sgd(other)
-    attachment = Attachment(model, model, optimizer, Recorder())
+    attachment = Attachment(model, model, model, optimizer, Recorder())
     assert is_attached(model)
     assert is_attached(nn.Sequential(model))
     assert is_attached(optimizer)
@@ -210,6 +254,6 @@ def test_what_is_attached_is_known_until_removed() -> None:
 def test_the_hook_runs_before_those_that_were_there() -> None:
     model, recorder = Shaped("tensor"), Recorder()
     model.register_forward_pre_hook(lambda *_: recorder.events.append("users"))
-    Attachment(model, model, sgd(model), recorder)
+    Attachment(model, model, model, sgd(model), recorder)
     model(torch.ones(2, 3))
     assert recorder.events == ["before_forward", "users", "after_forward"]

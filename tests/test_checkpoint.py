@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import warnings
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -391,8 +392,14 @@ def test_a_checkpoint_of_another_run_changes_nothing(change: str, tmp_path: Path
     else:
         other, other_optimizer, other_ast = wrapped(conv_net(2), sparsities=(0.5, 0.9))
     before = state_of(other, other_optimizer)
-    with pytest.raises(StateError, match="'model' in '.*' does not fit" if change == "model" else "has the sub-nets"):
-        other_ast.load_checkpoint(tmp_path / "checkpoint.pt")
+    path = tmp_path / "checkpoint.pt"
+    where = "model" if change == "model" else "optimizer"
+    with pytest.raises(
+        StateError, match=rf"(?s)state of '{where}' in '.*' does not fit: .*as it was before$"
+    ) as caught:
+        other_ast.load_checkpoint(path)
+    assert str(path) in str(caught.value)
+    assert ("has the sub-nets s50, s80, s90, this run has s50, s90" in str(caught.value)) == (change == "sub_nets")
     assert_same(before, state_of(other, other_optimizer))
 
 
@@ -424,6 +431,17 @@ def test_a_chosen_sub_net_is_in_the_way(tmp_path: Path) -> None:
             ast.load_checkpoint(tmp_path / "checkpoint.pt")
         with pytest.raises(ActivationError, match=r"finish\(\) was called inside"):
             ast.finish()
+
+
+def test_equal_runs_give_equal_bytes_whatever_the_file_is_called(tmp_path: Path) -> None:
+    for name in ("one.pt", "another.ckpt"):
+        model, optimizer, ast = wrapped()
+        train(model, optimizer, range(3))
+        ast.save_checkpoint(tmp_path / name, epoch=1, random_state=False)
+    first = (tmp_path / "one.pt").read_bytes()
+    assert first == (tmp_path / "another.ckpt").read_bytes()
+    with zipfile.ZipFile(tmp_path / "one.pt") as archive:
+        assert {entry.split("/")[0] for entry in archive.namelist()} == {"archive"}
 
 
 def test_checksums_are_written_also_where_they_are_switched_off(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from ast_plugin.cli_demo import in_options
 from ast_plugin.config import ASTConfig
 from ast_plugin.demo_settings import DemoSettings
 from ast_plugin.elastic_file import write_elastic
+from ast_plugin.errors import ConfigError
 from ast_plugin.masks import MaskStore
 from ast_plugin.report import Report
 from ast_plugin.version import __version__
@@ -198,7 +199,7 @@ def test_report_writes_a_page(elastic: Path, tmp_path: Path, capsys: pytest.Capt
     assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "pth"])
 def test_export_writes_a_state_dict_that_an_ordinary_module_loads(
     elastic: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,7 +225,7 @@ def test_export_to_an_unknown_kind_of_file_says_which_there_are(
     elastic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["export", str(elastic), "--sub-net", "s75", "--to", str(tmp_path / "x.zip")]) == cli.USAGE
-    assert "must end in .safetensors or .pt" in capsys.readouterr().err
+    assert "must end in .safetensors, .pt or .pth" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["report"], ["export", "--sub-net", "s75", "--to", "x.pt"]])
@@ -353,13 +354,26 @@ def test_a_file_without_an_end_is_refused(command: list[str], capsys: pytest.Cap
     assert "it is no regular file; give the path of an elastic file" in capsys.readouterr().err
 
 
-def test_errors_name_options_instead_of_parameters() -> None:
+def test_a_report_without_an_end_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not Path("/dev/zero").is_char_device():
+        pytest.skip("needs /dev/zero")
+    (tmp_path / "report.json").symlink_to("/dev/zero")
+    assert main(["report", str(tmp_path / "report.json")]) == cli.FAILED
+    assert "report.json' is no regular file; give a report.json, or an elastic file" in capsys.readouterr().err
+
+
+def test_errors_name_options_instead_of_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     assert in_options("drop_fraction must lie in [0, 1)") == "--drop-fraction must lie in [0, 1)"
     assert in_options("end_step must be a fraction of total_steps") == "--end-step must be a fraction of --steps"
     assert in_options("steps must be a number of steps") == "--steps must be a number of steps"
     assert in_options("keeps 4 weights; lower the sparsity, exclude layers, or set allow_empty_layers=True") == (
         "keeps 4 weights; lower the sparsity"
     )
+    with pytest.raises(ConfigError) as caught:
+        DemoSettings(sparsities=(0.9, 0.9))
+    assert in_options(str(caught.value)) == "--sparsities names the sub-net 's90' twice; remove the duplicate"
+    assert main(["demo", "--batch-size", "1000000000"]) == cli.USAGE
+    assert "--batch-size must be at most 1000, got 1000000000" in capsys.readouterr().err
 
 
 @pytest.mark.extra("demo")

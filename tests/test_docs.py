@@ -7,6 +7,7 @@ comment ``<!-- not executed: reason -->`` directly above is left out; how many t
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import itertools
 import re
@@ -24,6 +25,7 @@ from ast_plugin.cli import build_parser
 pytestmark = pytest.mark.extra("report")  # snippets show the report
 
 ROOT = Path(__file__).resolve().parent.parent
+INTEGRATIONS = sorted(path.parent.name for path in (ROOT / "integrations").glob("*/__init__.py"))
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 NOT_EXECUTED: dict[str, int] = {
     "docs/distributed.md": 4,
@@ -188,6 +190,15 @@ def test_public_name_is_documented(name: str) -> None:
     assert faults_of(name, getattr(ast_plugin, name)) == []
 
 
+@pytest.mark.parametrize("package", INTEGRATIONS)
+def test_public_names_of_an_integration_are_documented(package: str) -> None:
+    module = importlib.import_module(f"ast_plugin.integrations.{package}")
+    page = (ROOT / "docs" / f"{package}.md").read_text(encoding="utf-8")
+    for name in module.__all__:
+        assert re.search(rf"\b{re.escape(name)}\b", page), f"{name} does not occur in docs/{package}.md"
+        assert faults_of(name, getattr(module, name)) == []
+
+
 def test_public_names_are_sorted() -> None:
     assert list(ast_plugin.__all__) == sorted(ast_plugin.__all__)
 
@@ -198,6 +209,10 @@ def test_every_module_has_a_place_in_the_api_reference() -> None:
     assert [
         name for name in sorted(modules) if not re.search(rf"automodule:: ast_plugin\.{name}$", reference, re.M)
     ] == []
+    for package in INTEGRATIONS:
+        modules = [path.stem for path in (ROOT / "integrations" / package).glob("*.py") if path.stem[0] != "_"]
+        found = re.findall(rf"automodule:: ast_plugin\.integrations\.{package}\.(\w+)$", reference, re.M)
+        assert sorted(found) == sorted(modules)
 
 
 PAGE = """Text.

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -91,13 +92,14 @@ def test_safetensors_load_with_safetensors_alone(source: SubNetSource, tmp_path:
 
 
 def test_pt_loads_with_weights_only(source: SubNetSource, tmp_path: Path) -> None:
-    export_state_dict(source, "s80", str(tmp_path / "s80.pt"))
-    assert same_state(torch.load(tmp_path / "s80.pt", weights_only=True), want("s80"))
+    for suffix in ("pt", "pth"):
+        export_state_dict(source, "s80", str(tmp_path / f"s80.{suffix}"))
+        assert same_state(torch.load(tmp_path / f"s80.{suffix}", weights_only=True), want("s80"))
 
 
-@pytest.mark.parametrize("name", ["s80.pth", "s80", "s80.onnx"])
+@pytest.mark.parametrize("name", ["s80.bin", "s80", "s80.onnx"])
 def test_other_suffixes_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"path must end in .safetensors or .pt, got '.*{name}'"):
+    with pytest.raises(ConfigError, match=rf"path must end in .safetensors, .pt or .pth, got '.*{name}'"):
         export_state_dict(FakeTraining(), "s80", tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
@@ -115,8 +117,8 @@ def test_a_failing_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     export_state_dict(FakeTraining(), "s80", path)
     before = path.read_bytes()
 
-    def full(state: object, file: Path) -> None:
-        Path(file).write_bytes(b"part")
+    def full(state: object, file: BinaryIO) -> None:
+        file.write(b"part")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
@@ -124,6 +126,12 @@ def test_a_failing_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         export_state_dict(FakeTraining(), "s50", path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["s80.pt"]
+
+
+def test_the_name_of_a_file_is_not_in_its_bytes(tmp_path: Path) -> None:
+    export_state_dict(FakeTraining(), "s80", tmp_path / "one.pt")
+    export_state_dict(FakeTraining(), "s80", tmp_path / "another.pt")
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "another.pt").read_bytes()
 
 
 class TiedSource:

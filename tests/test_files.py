@@ -185,13 +185,20 @@ def test_a_new_file_gets_the_permissions_of_any_new_file(tmp_path: Path) -> None
     assert (tmp_path / "made").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
+def while_handling(first: Exception, second: Exception) -> Exception:
+    """Return `second` as it is when it was raised while `first` was handled."""
+    second.__context__ = first
+    return second
+
+
 @pytest.mark.parametrize(
     ("error", "free"),
     [
         (RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 232320 vs 232216"), 0),
+        (while_handling(OSError(errno.ENOSPC, "full"), RuntimeError("unexpected pos 232320 vs 232216")), 10**12),
         (ValueError("I/O error: No space left on device (os error 28)"), 10**12),
     ],
-    ids=["torch", "safetensors"],
+    ids=["torch", "torch-through-python", "safetensors"],
 )
 def test_a_full_disk_is_recognised_whoever_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, free: int

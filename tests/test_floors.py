@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ FLOORS = {
     "sharding": 1,
     "masks": 2,
     "methods": 2,
+    "norm_layers": 2,
     "normalization": 2,
     "packed_masks": 2,
     "parameters": 2,
@@ -261,9 +263,35 @@ print("imported", len({modules!r}))
 """
 
 
+def test_integrations_are_importable_without_their_hosts(tmp_path: Path) -> None:
+    # The modules that hold their public names too: they recognise a host's objects without it.
+    packages = [f"ast_plugin.integrations.{path.parent.name}" for path in (ROOT / "integrations").glob("*/__init__.py")]
+    names = "\n".join(f"{name} and [getattr({name}, public) for public in {name}.__all__]" for name in packages)
+    blocked, modules = sorted(OPTIONAL_DEPENDENCIES), ["ast_plugin.integrations", *packages]
+    script = IMPORT_EVERYTHING.format(blocked=blocked, modules=modules) + f"import ast_plugin\n{names}\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"imported {len(modules)}"
+    assert len(packages) >= 1
+
+
 def test_every_module_is_importable_with_the_core_dependencies_alone(tmp_path: Path) -> None:
     modules = [f"ast_plugin.{name}" for name in package_sources() if name not in ("__init__", "__main__")]
     script = IMPORT_EVERYTHING.format(blocked=sorted(OPTIONAL_DEPENDENCIES), modules=["ast_plugin", *modules])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"imported {len(modules) + 1}"
+
+
+def test_the_page_names_every_module_on_its_floor() -> None:
+    text = (ROOT / "docs" / "development.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\d) \| [^|]+ \| ([^|]+) \|$", text, re.MULTILINE))
+    named = {
+        int(floor): set(re.findall(r"`([\w*]+)`", modules)) for floor, modules in rows.items() if int(floor) <= TOP
+    }
+    parts = {name for name in package_sources() if name not in FLOORS}
+    split = {concept for concept in SPLIT_CONCEPTS if any(part.startswith(f"{concept}_") for part in parts)}
+    expected: dict[int, set[str]] = {floor: set() for floor in range(TOP + 1)}
+    for name, floor in FLOORS.items():
+        expected[floor].add(f"{name}*" if name in split else name)
+    assert named == expected

@@ -348,6 +348,19 @@ def test_a_gradient_zeroed_in_place_leaves_nothing_in_the_dense_gradient() -> No
     assert gradients.dense()["0.weight"].tolist() == ONE
 
 
+def test_a_gradient_zeroed_without_a_trace_leaves_nothing_in_the_dense_gradient(several: Several) -> None:
+    w, v = torch.arange(1.0, 17.0).view(4, 4), torch.arange(1.0, 7.0)
+    for factor in (9, 1):
+        several.gradients.begin("few", capture=True)
+        (factor * ((several.w * w).sum() + (several.v * v).sum())).backward()
+        several.gradients.mask("few")
+        dense = several.gradients.dense()
+        for parameter in (several.w, several.v):  # of v, nothing is kept: it is zero before and after
+            parameter.grad.data.zero_()
+    assert torch.equal(dense["w"], w)
+    assert torch.equal(dense["v"], v)
+
+
 def test_a_sub_net_that_keeps_all_has_its_whole_gradient_as_the_dense_one() -> None:
     weight, gradients, _ = setting()
     gradients.begin("a", capture=True)

@@ -221,3 +221,14 @@ def test_a_mask_stays_on_the_device_on_which_it_was_set(device: str) -> None:
     masks.set("s50", "fc", torch.ones(5, 7, dtype=torch.bool, device=device))
     assert masks.get("s50", "fc").device.type == device
     assert masks.get("s50", "conv").device.type == "cpu"
+
+
+def test_several_masks_are_replaced_together_or_not_at_all() -> None:
+    store = MaskStore(("a",), {"v": (4,), "w": (2, 2)})
+    good = torch.tensor([True, False, False, False])
+    with pytest.raises(ConfigError, match=r"mask of 'w' in sub-net 'a' must be bool of shape \(2, 2\)"):
+        store.replace("a", {"v": good, "w": torch.ones(3, dtype=torch.bool)})
+    assert (store.kept("a"), store.revision("a")) == (8, 0)
+    store.replace("a", {"v": good, "w": torch.eye(2, dtype=torch.bool)})
+    assert (store.kept("a", "v"), store.kept("a", "w"), store.revision("a")) == (1, 2, 1)
+    assert store.get("a", "v").tolist() == good.tolist()

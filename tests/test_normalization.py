@@ -10,28 +10,17 @@ import torch
 from networks import assert_same, conv_net, mlp, sgd
 from torch import nn
 
-from ast_plugin.normalization import PrivateNormalization, batch_norm_modules
+from ast_plugin.normalization import PrivateNormalization
 
 
-def test_every_kind_of_batch_norm_is_found_and_layer_norm_is_not() -> None:
-    model = nn.ModuleDict(
-        {
-            "one": nn.BatchNorm1d(4),
-            "two": nn.SyncBatchNorm(4),
-            "plain": nn.BatchNorm2d(4, affine=False),
-            "batch": nn.BatchNorm2d(4, track_running_stats=False),
-            "layer": nn.LayerNorm(4),
-            "instance": nn.InstanceNorm2d(4, affine=True),
-        }
-    )
-    assert list(batch_norm_modules(model)) == ["one", "two", "plain", "batch"]
-    names = PrivateNormalization(model, ("a", "b"), "a").names
-    assert {name for name in names if name.startswith("plain.")} == {
-        "plain.running_mean",
-        "plain.running_var",
-        "plain.num_batches_tracked",
-    }
-    assert {name for name in names if name.startswith("batch.")} == {"batch.weight", "batch.bias"}
+def test_a_matrix_in_a_batch_norm_stays_shared() -> None:
+    class Conditional(nn.BatchNorm1d):
+        def __init__(self) -> None:
+            super().__init__(4)
+            self.table = nn.Parameter(torch.zeros(3, 4))
+
+    names = PrivateNormalization(nn.Sequential(Conditional()), ("a", "b"), "a").parameter_names
+    assert names == ("0.weight", "0.bias")
 
 
 def test_carrying_swaps_values_in_place_and_back() -> None:
@@ -124,6 +113,23 @@ def test_a_saved_state_brings_every_bank_back() -> None:
     twin.load_state_dict(private.state_dict())
     assert_same(twin.state_dict(), private.state_dict())
     assert torch.equal(twin.state("b")["norm0.weight"], torch.full((8,), 3.0))
+
+
+@pytest.mark.parametrize("options", [{}, {"capturable": True}])
+def test_counters_of_a_saved_state_go_where_the_optimizer_keeps_its_own(options: dict[str, bool]) -> None:
+    model = conv_net().to("meta")
+    private = PrivateNormalization(model, ("a", "b"), "a")
+    state = private.state_dict()
+    entry = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(8), "exp_avg_sq": torch.zeros(8)}
+    state["optimizer"]["b"] = {"norm0.weight": entry}
+    private.load_state_dict(state)
+    # Made afterwards: a checkpoint's own options come with the optimizer, when the state of the run is there already.
+    optimizer = torch.optim.Adam(model.parameters(), **options)
+    private.hand_over(optimizer, "b")
+    found = optimizer.state[model.norm0.weight]
+    assert found["step"].device.type == ("meta" if options else "cpu")
+    assert found["exp_avg"].device.type == "meta"
+    assert entry["step"].device.type == "cpu"
 
 
 @pytest.mark.parametrize("moment", range(8))

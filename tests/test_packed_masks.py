@@ -53,7 +53,7 @@ def of_pack(packed: PackedMasks, sub_net: str, pack: Pack, tensors: list[Tensor]
     kept = packed.kept(sub_net, pack, ones)
     vector = pack.vector(ones)
     kept.keep_only_(vector)
-    return [part.clone() for part in pack.tensors(vector, pack.layout(ones))]
+    return [part.clone() for part in pack.tensors(vector, pack.order(ones))]
 
 
 def assert_right(net: Net, masks: MaskStore, packed: PackedMasks) -> None:

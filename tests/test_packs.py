@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ast_plugin import packs
+from ast_plugin.kept import kept_elements
 from ast_plugin.packs import Pack, build_packs, order_of
 
 SMALL, FULL = 1 << 16, 1 << 20
@@ -66,7 +68,7 @@ def test_several_tensors_are_one_after_the_other_in_row_major_order() -> None:
     assert pack.total == 9
     assert pack.buffered
     tensors = [torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([5.0, 6.0, 7.0]), torch.tensor([[8.0, 9.0]])]
-    assert pack.layout(tensors) is None
+    assert pack.order(tensors) is None
     vector = pack.vector(tensors)
     assert vector.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
     vector.mul_(10)
@@ -111,7 +113,7 @@ def test_a_tensor_alone_is_worked_on_where_it_is_unless_it_has_gaps(
 def test_a_vector_is_ordered_as_its_layout_says(lay: Callable[[Tensor], Tensor], dense: bool) -> None:
     tensor, mask = lay(numbers(2, 3, 4, 5)), numbers(2, 3, 4, 5) % 3 == 0
     pack = Pack({"w": (2, 3, 4, 5)})
-    layout, vector = pack.layout([tensor]), pack.vector([tensor])
+    layout, vector = pack.order([tensor]), pack.vector([tensor])
     assert (layout is None) == (tensor.is_contiguous() or not dense)
     (back,) = pack.tensors(vector, layout)
     assert torch.equal(back, tensor)
@@ -139,7 +141,7 @@ def test_gaps_are_left_alone() -> None:
 def test_memory_used_twice_is_read_element_by_element() -> None:
     expanded = torch.tensor([[1.0], [2.0]]).expand(2, 3)
     pack = Pack({"w": (2, 3)})
-    assert pack.layout([expanded]) is None
+    assert pack.order([expanded]) is None
     vector = pack.vector([expanded])
     assert vector.tolist() == [1, 1, 1, 2, 2, 2]
     vector.zero_()
@@ -154,7 +156,7 @@ def test_axes_of_one_do_not_make_a_gap() -> None:
     vector = pack.vector([tensor])
     assert vector.tolist() == list(range(12))
     assert vector.data_ptr() == tensor.data_ptr()
-    assert torch.equal(pack.tensors(vector, pack.layout([tensor]))[0], tensor)
+    assert torch.equal(pack.tensors(vector, pack.order([tensor]))[0], tensor)
 
 
 def test_none_stands_for_zeros() -> None:
@@ -162,7 +164,7 @@ def test_none_stands_for_zeros() -> None:
     tensors = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0, 4.0]]), torch.tensor([5.0])]
     assert pack.vector(tensors).tolist() == [1, 2, 3, 4, 5]
     fewer = [None, tensors[1], None]
-    assert pack.layout(fewer) is None
+    assert pack.order(fewer) is None
     vector = pack.vector(fewer)
     assert vector.tolist() == [0, 0, 3, 4, 0]
     vector.fill_(7)
@@ -173,7 +175,7 @@ def test_none_stands_for_zeros() -> None:
 
 
 def test_a_missing_tensor_alone_has_no_layout() -> None:
-    assert Pack({"w": (2, 3)}).layout([None]) is None
+    assert Pack({"w": (2, 3)}).order([None]) is None
 
 
 def test_a_buffer_serves_one_vector_after_another() -> None:
@@ -274,7 +276,7 @@ def test_any_order_of_axes_round_trips(shape: list[int], order: object, step: in
     tensor = memory[..., ::step].permute(back)
     tensor.copy_(numbers(*shape))
     pack = Pack({"w": tuple(shape)})
-    layout, vector = pack.layout([tensor]), pack.vector([tensor])
+    layout, vector = pack.order([tensor]), pack.vector([tensor])
     assert torch.equal(pack.tensors(vector, layout)[0], numbers(*shape))
     assert torch.equal(order_of(numbers(*shape), layout), vector)
     vector.neg_()
@@ -341,3 +343,44 @@ def test_a_row_major_mask_is_not_copied() -> None:
     assert order_of(mask, None).data_ptr() == mask.data_ptr()
     last = torch.ones(2, 3, 4, 5, dtype=torch.bool).to(memory_format=torch.channels_last)
     assert order_of(last, tuple(last.stride())).data_ptr() == last.data_ptr()
+
+
+@pytest.mark.parametrize("lay", [pytest.param(lay, id=name) for name, (lay, _) in LAYOUTS.items()])
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_what_is_set_aside_comes_back_whatever_is_done_with_vectors_meanwhile(
+    lay: Callable[[Tensor], Tensor], several: bool, share: float
+) -> None:
+    tensors = [lay(torch.randn(4, 3, 2, 2)), torch.randn(5)][: 1 + several]
+    pack = Pack({str(i): tuple(tensor.shape) for i, tensor in enumerate(tensors)})
+    dense = [tensor.clone() for tensor in tensors]
+    mask = torch.rand(pack.total) < share
+    kept = kept_elements(mask, int(mask.sum()), pack.sizes)
+    masks = pack.tensors(mask, pack.order(tensors))
+    for _ in range(2):
+        pack.set_aside(tensors)
+        pack.put_masked(kept, tensors)
+        for tensor, value, one in zip(tensors, dense, masks, strict=True):
+            assert torch.equal(tensor, value * one)
+        others = [torch.ones_like(tensor) for tensor in tensors]
+        pack.vector(others).mul_(2)
+        pack.write(others)
+        assert all(bool((other == 2).all()) for other in others)
+        pack.bring_back(tensors)
+        pack.let_go()
+        for tensor, value in zip(tensors, dense, strict=True):
+            assert torch.equal(tensor, value)
+        pack.vector(others).zero_()
+
+
+def test_several_tensors_are_set_aside_in_the_memory_of_their_vectors() -> None:
+    tensors = [torch.randn(3), torch.randn(2, 2)]
+    pack = Pack({"a": (3,), "b": (2, 2)})
+    address = pack.vector(tensors).data_ptr()
+    pack.set_aside(tensors)
+    assert pack.vector(tensors).data_ptr() != address
+    pack.let_go()
+    assert pack.vector(tensors).data_ptr() == address
+    memory = weakref.ref(pack.vector(tensors))
+    pack.free()
+    assert memory() is None

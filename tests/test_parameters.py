@@ -259,6 +259,58 @@ def test_exclude_is_stronger_than_include() -> None:
     assert found["fc.weight"] == "excluded by 'fc.*'"
 
 
+KNOWN = {
+    "layer1.0.depthwise.weight": "depthwise convolution",
+    "fc.weight": "classifier",
+    "layer1.1.bn1.weight": "layer scale",
+}
+
+
+def test_what_a_plugin_leaves_out_is_out_for_its_reason() -> None:
+    found = reasons(select_parameters(ResNet(), left_out=KNOWN))
+    assert {name: found[name] for name in KNOWN} == KNOWN
+    assert found["layer1.0.bn1.weight"] == ONE_DIMENSIONAL
+    assert [name for name, reason in found.items() if not reason] == [
+        "layer1.0.conv1.weight",
+        "layer1.1.conv1.weight",
+        "layer1.1.depthwise.weight",
+    ]
+
+
+def test_include_brings_back_what_a_plugin_left_out_and_exclude_is_stronger_still() -> None:
+    found = reasons(select_parameters(ResNet(), include=("layer1.*",), left_out=KNOWN))
+    assert found["layer1.0.depthwise.weight"] == ""
+    assert found["fc.weight"] == "not matched by include"
+    assert found["layer1.1.bn1.weight"] == "layer scale"  # one-dimensional all the same
+    found = reasons(select_parameters(ResNet(), include=("*",), exclude=("*.depthwise.*",), left_out=KNOWN))
+    assert found["layer1.0.depthwise.weight"] == "excluded by '*.depthwise.*'"
+
+
+def test_a_plugin_words_why_a_parameter_of_another_kind_is_out() -> None:
+    known = {"pos_embed": "position embedding"}
+    assert reasons(select_parameters(VisionTransformer(), left_out=known))["pos_embed"] == "position embedding"
+    found = reasons(select_parameters(VisionTransformer(), include=("*",), left_out=known))
+    assert (found["pos_embed"], found["cls_token"]) == ("position embedding", OTHER_KIND)
+    assert prunable(VisionTransformer(), include=("pos_embed", "head.*")) == ["pos_embed", "head.weight"]
+
+
+def test_what_must_stay_dense_says_so_whatever_a_plugin_knows() -> None:
+    model = ResNet()
+    model.fc.weight.requires_grad_(False)
+    assert reasons(select_parameters(model, left_out=KNOWN))["fc.weight"] == "frozen"
+
+
+def test_a_plugin_may_use_any_name_of_a_tied_parameter() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    assert reasons(select_parameters(model, left_out={"1.weight": "tied"})) == {"0.weight": "tied", "2.weight": ""}
+
+
+def test_a_plugin_that_names_no_parameter_is_told() -> None:
+    with pytest.raises(SelectionError, match=r"left_out names no parameter of ResNet: head\.weight"):
+        select_parameters(ResNet(), left_out={"head.weight": "classifier"})
+
+
 def test_globs_find_parameters_under_their_names_before_compile_and_data_parallel() -> None:
     wrapped = nn.Module()
     wrapped.module = nn.Module()

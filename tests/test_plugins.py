@@ -26,6 +26,7 @@ from ast_plugin.parameters import ParameterChoice, select_parameters
 from ast_plugin.patterns import UnstructuredPattern
 from ast_plugin.plugins import PluginRegistry
 from ast_plugin.plugins_discovery import AUTOLOAD_VARIABLE, BLOCK_VARIABLE
+from ast_plugin.plugins_host import PluginHost
 from ast_plugin.version import __version__
 
 ORDER = {"count": 3, "seed": 0, "steps_per_epoch": None, "names": ("s50", "s90", "2:4"), "default": "s90"}
@@ -373,9 +374,12 @@ def test_observers_get_the_arguments_that_they_ask_for() -> None:
 
 
 def test_notifying_nobody_does_not_call_anything(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry = alone(Offers())
-    monkeypatch.setattr(registry, "_host", None)
-    registry.notify("ast_step_finished", training=None, step=0, sub_net="s90")
+    called: list[str] = []
+    monkeypatch.setattr(PluginHost, "call", lambda _, hook, **__: called.append(hook))
+    idle, watched = alone(Offers()), alone(Watcher())
+    for registry in (idle, watched):
+        registry.notify("ast_masks_updated", training=None, step=0, sub_net="s90")
+    assert called == ["ast_masks_updated"]  # the watched one's
 
 
 # ---------------------------------------------------------------- plugins that do not fit
@@ -761,6 +765,16 @@ def test_blocking_an_unknown_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BLOCK_VARIABLE, "elsewhere")
     with pytest.warns(UserWarning, match="AST_PLUGIN_BLOCK names the unknown plugin 'elsewhere'"):
         alone()
+
+
+def test_a_misspelt_name_in_the_variable_blocks_nothing_and_is_pointed_out(
+    site: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site("my-methods", "zeal", METHOD_PLUGIN.format(name="zeal"))
+    monkeypatch.setenv(BLOCK_VARIABLE, "zeel")
+    with pytest.warns(UserWarning, match=r"the unknown plugin 'zeel': did you mean 'zeal'\? Known: .*zeal"):
+        registry = PluginRegistry()
+    assert "zeal" in registry.methods()
 
 
 def test_a_plugin_that_cannot_be_imported_is_named_with_its_distribution(

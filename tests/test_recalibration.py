@@ -21,6 +21,53 @@ def test_statistics_become_the_mean_over_the_batches() -> None:
     assert model[0].running_var.tolist() == [5.0]
 
 
+class RunningVariance(nn.Module):
+    """A norm that derives from no class of torch and averages by its momentum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.momentum = 0.25
+        self.weight = nn.Parameter(torch.ones(1))
+        self.register_buffer("running_var", torch.full((1,), 100.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.running_var.lerp_(x.var(dim=0), self.momentum)
+        return x * self.weight / self.running_var.sqrt()
+
+
+def test_statistics_of_norms_of_other_libraries_become_the_mean_too() -> None:
+    norm = RunningVariance()
+    batches = [torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [9.0]]), torch.tensor([[0.0], [4.0]])]
+    recalibrate(nn.Sequential(norm), batches)
+    assert norm.running_var.item() == pytest.approx((2 + 8 + 8) / 3)
+    assert norm.momentum == 0.25
+    with pytest.raises(ConfigError, match="loader gave no batch"):
+        recalibrate(nn.Sequential(norm), [])
+    assert norm.running_var.item() == pytest.approx((2 + 8 + 8) / 3)
+
+
+def test_instance_norms_that_keep_statistics_take_part() -> None:
+    norm = nn.InstanceNorm1d(1, affine=True, track_running_stats=True)
+    recalibrate(nn.Sequential(norm), [torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[5.0, 9.0]]])])
+    assert (norm.running_mean.item(), norm.running_var.item(), norm.momentum) == (4.5, 5.0, 0.1)
+
+
+def test_a_dropout_inside_a_norm_sleeps() -> None:
+    class NormAndDropout(nn.BatchNorm1d):
+        def __init__(self) -> None:
+            super().__init__(1)
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.drop(super().forward(x))
+
+    first, second = NormAndDropout(), nn.BatchNorm1d(1)
+    recalibrate(nn.Sequential(first, second), [torch.randn(256, 1)])
+    assert second.running_var.item() == pytest.approx(1.0, abs=0.01)  # dropping half would have doubled it
+    assert first.drop.training
+
+
 def test_modes_momenta_and_weights_stay() -> None:
     model = conv_net()
     model.train()
@@ -53,7 +100,16 @@ def test_a_loader_that_fails_or_is_empty_leaves_the_old_statistics() -> None:
 
 
 def test_a_model_without_batch_norm_is_left_alone() -> None:
-    recalibrate(mlp(), iter(()))
+    model = mlp()
+    before = snapshot(model)
+
+    def unread() -> Any:
+        raise AssertionError("there is nothing to estimate")
+        yield
+
+    recalibrate(model, unread())
+    assert_same(before, snapshot(model))
+    assert model.training
 
 
 def test_batches_are_fed_as_most_loaders_give_them() -> None:

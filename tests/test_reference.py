@@ -19,7 +19,7 @@ from ast_plugin.gradients import GradientMasks
 from ast_plugin.kept import KeptByMask, KeptByPosition
 from ast_plugin.masks import MaskStore
 from ast_plugin.packed_masks import PackedMasks
-from ast_plugin.packs import Layout
+from ast_plugin.packs import MemoryOrder
 from ast_plugin.reference import ComparedGradients, GradientReference, correct_pairs, correct_whole
 from ast_plugin.slots import ParameterSlots
 
@@ -81,7 +81,7 @@ class Setting:
         expected = {}
         self.gradients.end()
         for name, parameter in self.parameters.items():
-            dense = torch.randn(self.shapes[name]).to(self.dtype)
+            dense = torch.randn(self.shapes[name]).to(parameter.dtype)
             parameter.grad = None if name in without else self.lay(dense)
             if name not in without:
                 expected[name] = dense * self.masks.get(sub_net, name)
@@ -95,7 +95,7 @@ class Setting:
         """Return the references that `pairs` gives, as whole tensors, and check the gradients beside them."""
         found = {}
         for pair in self.reference.pairs(sub_net):
-            layout = pair.pack.layout(pair.gradients)
+            layout = pair.pack.order(pair.gradients)
             references = whole(pair, pair.reference, layout)
             gradients = whole(pair, pair.values, layout)
             for name, reference, gradient, both in zip(pair.pack.names, references, gradients, pair.both, strict=True):
@@ -106,7 +106,7 @@ class Setting:
         return found
 
 
-def whole(pair: ComparedGradients, values: Tensor, layout: Layout) -> list[Tensor]:
+def whole(pair: ComparedGradients, values: Tensor, layout: MemoryOrder) -> list[Tensor]:
     vector = torch.zeros(pair.pack.total, dtype=values.dtype)
     pair.kept.write(values.clone(), vector)
     return pair.pack.tensors(vector, layout)
@@ -214,7 +214,7 @@ def test_the_reference_has_its_gradients_dtype(dtype: torch.dtype, coming: str |
     now = setting.backward("fewer")
     (pair,) = setting.reference.pairs("fewer")
     assert pair.reference.dtype == pair.values.dtype == dtype
-    layout = pair.pack.layout(pair.gradients)
+    layout = pair.pack.order(pair.gradients)
     assert_equal(
         dict(zip(SHAPES, whole(pair, pair.reference, layout), strict=True)), restricted(setting, earlier, "fewer")
     )
@@ -476,18 +476,44 @@ def test_gradients_may_lie_otherwise_in_the_next_step(coming: str | None, lays: 
     assert_equal(setting.compared(now), restricted(setting, earlier, now))
 
 
-def test_a_converted_model_starts_without_a_reference() -> None:
+@pytest.mark.usefixtures("arrangement")
+@pytest.mark.parametrize("coming", ["half", "few", None])
+@pytest.mark.parametrize("converted", [tuple(SHAPES), ("fc",)], ids=["whole model", "one layer"])
+def test_the_reference_follows_a_model_that_is_converted(coming: str | None, converted: tuple[str, ...]) -> None:
     setting = Setting()
-    setting.backward("half")
-    setting.reference.take("half", "few")
-    setting.dtype = torch.float64
-    setting.model.double()
+    earlier = setting.backward("all")
+    setting.reference.take("all", coming)
+    for name in converted:
+        setting.parameters[name].data = setting.parameters[name].data.double()
+        setting.parameters[name].grad = None
     setting.packed.refresh()
-    now = setting.backward("few")
-    assert setting.reference.pairs("few") == []
-    setting.reference.take("few", "half")
-    setting.backward("half")
-    assert_equal(setting.compared("half"), restricted(setting, now, "half"))
+    now = coming or "few"
+    gradients = setting.backward(now)
+    expected = restricted(setting, earlier, now)
+    for saved in (False, True):  # as the next step finds it, and as a checkpoint would hold it
+        pairs = setting.reference.pairs(now)
+        found = {}
+        for pair in pairs:
+            references = whole(pair, pair.reference, pair.pack.order(pair.gradients))
+            found |= dict(zip(pair.pack.names, references, strict=True))
+        assert {name: tensor.dtype for name, tensor in found.items()} == {
+            name: torch.float64 if name in converted else torch.float32 for name in SHAPES
+        }
+        assert_equal({name: tensor.float() for name, tensor in found.items()}, expected)
+        if not saved:
+            setting.reference.load_state_dict(setting.reference.state_dict())
+    assert gradients.keys() == found.keys()
+
+
+def test_a_reference_of_a_converted_model_is_saved_before_its_next_step() -> None:
+    setting = Setting()
+    earlier = setting.backward("all")
+    setting.reference.take("all", "half")
+    setting.model.double()
+    state = setting.reference.state_dict()  # nobody has put a sub-net on since
+    assert {tensor.dtype for tensor in state["gradients"].values()} == {torch.float64}
+    for name, tensor in state["gradients"].items():
+        assert torch.equal(tensor, earlier[name][setting.masks.get("half", name)].double())
 
 
 def saved_and_loaded(setting: Setting, target: Setting) -> dict[str, Any]:

@@ -200,3 +200,16 @@ def test_real_training_and_its_file_tell_the_same(tmp_path: Path, with_report: b
             assert getattr(stored, name) == expected, name
         assert [net.conflicts for net in stored.sub_nets] == [net.conflicts for net in report.sub_nets]
         assert stored.sub_nets[0].metrics == {"loss": 0.25}
+
+
+def test_impossible_numbers_in_a_file_are_named() -> None:
+    values = run_report().to_dict()
+    assert Report.from_dict(values).to_dict() == values
+    for change, message in (
+        ({"steps": -1}, "report.steps must be at least 0, got -1"),
+        ({"elapsed_seconds": -0.5}, "report.elapsed_seconds must be at least 0, got -0.5"),
+        ({"overlap": [[1.0]]}, f"report.overlap must have {len(values['sub_nets'])} rows and columns, one a sub-net"),
+        ({"overlap": [[7.0] * 3] * 3}, r"report.overlap\[0\]\[0\] must be between 0 and 1, got 7.0"),
+    ):
+        with pytest.raises(StateError, match=message):
+            Report.from_dict({**values, **change})

@@ -74,6 +74,13 @@ def test_records_come_back_from_json(record: Any) -> None:
         ({"kept_weights": True}, "here.kept_weights must be an integer, got True"),
         ({"achieved_sparsity": "0.9"}, "here.achieved_sparsity must be a finite number, got '0.9'"),
         ({"achieved_sparsity": math.nan}, "here.achieved_sparsity must be a finite number, got nan"),
+        ({"achieved_sparsity": 1.5}, "here.achieved_sparsity must be between 0 and 1, got 1.5; use a report"),
+        ({"target_sparsity": -0.1}, "here.target_sparsity must be between 0 and 1, got -0.1"),
+        ({"kept_weights": -3}, "here.kept_weights must be at least 0, got -3"),
+        ({"kept_weights": 101}, r"here.kept_weights must be at most prunable_weights \(100\), got 101"),
+        ({"conflicts": 2, "checks": 1}, r"here.conflicts must be at most checks \(1\), got 2"),
+        ({"mean_cosine": -1.1}, "here.mean_cosine must be between -1 and 1, got -1.1"),
+        ({"flops": -1}, "here.flops must be at least 0, got -1"),
         ({"metrics": [1]}, r"here.metrics must be a mapping, got \[1\]"),
         ({"metrics": {"a": "b"}}, r"here.metrics\['a'\] must be a finite number, got 'b'"),
         ({"sparsity": 0.9}, "here has an unknown field 'sparsity': .*target_sparsity"),
@@ -82,6 +89,19 @@ def test_records_come_back_from_json(record: Any) -> None:
 def test_wrong_fields_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(StateError, match=message):
         from_plain(SubNetRecord, {**dataclasses.asdict(sub_net()), **change}, where="here")
+
+
+def test_impossible_numbers_are_found_inside_mappings_and_lists() -> None:
+    layer = {"name": "fc.weight", "shape": [2, 3], "sparsity": {"s90": 0.5}}
+    with pytest.raises(StateError, match=r"here.sparsity\['s90'\] must be between 0 and 1, got 2.0"):
+        from_plain(LayerRecord, {**layer, "sparsity": {"s90": 2}}, where="here")
+    with pytest.raises(StateError, match=r"here.shape\[1\] must be at least 0, got -3"):
+        from_plain(LayerRecord, {**layer, "shape": [2, -3]}, where="here")
+
+
+def test_a_cosine_may_be_rounded_beyond_one() -> None:
+    values = {**dataclasses.asdict(sub_net()), "mean_cosine": 1 + 1e-7}
+    assert from_plain(SubNetRecord, values, where="here").mean_cosine == 1 + 1e-7
 
 
 def test_missing_fields_and_wrong_containers_are_named() -> None:

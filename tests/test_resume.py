@@ -126,7 +126,11 @@ def test_a_checkpoint_loads_into_a_plain_optimizer() -> None:
     plain_optimizer = sgd(plain)
     plain.load_state_dict(model.state_dict())
     plain_optimizer.load_state_dict(optimizer.state_dict())
+    assert "ast_plugin" not in plain_optimizer.state_dict()
+    before = snapshot(plain)
     train(plain, plain_optimizer, range(3, 5))
+    moved = [name for name, parameter in plain.named_parameters() if not torch.equal(parameter, before[name])]
+    assert moved == [name for name, _ in plain.named_parameters()]
 
 
 def test_a_plain_checkpoint_starts_a_run() -> None:
@@ -175,6 +179,36 @@ def test_a_state_of_another_model_or_format_is_refused() -> None:
         ast.load_state_dict({**state, "format": 3})
 
 
+@pytest.mark.parametrize(
+    ("state", "got"),
+    [
+        ({"foo": 1}, "got dict with 'foo'; pass that"),
+        ({}, "got dict; pass"),
+        ([1, 2], "got list; pass that"),
+        (3, "got int; pass that"),
+    ],
+    ids=repr,
+)
+def test_what_is_no_state_is_refused_with_what_is_wanted(state: Any, got: str) -> None:
+    model, optimizer, ast = wrapped()
+    train(model, optimizer, range(2))
+    before = snapshot(model)
+    with pytest.raises(ast_plugin.StateError, match=r"must be what state_dict\(\) of the") as caught:
+        ast.load_state_dict(state)
+    assert got in str(caught.value)
+    assert "what the optimizer's state dict has under 'ast_plugin'" in str(caught.value)
+    with pytest.raises(ast_plugin.StateError, match=r"must be what state_dict\(\) of the controller returned"):
+        optimizer.load_state_dict({**optimizer.state_dict(), "ast_plugin": state})
+    assert ast.step == 2
+    assert_same(before, snapshot(model))
+
+
+def test_a_whole_optimizer_state_is_no_state_of_the_controller() -> None:
+    _, optimizer, ast = wrapped()
+    with pytest.raises(ast_plugin.StateError, match=r"got dict with 'state', 'param_groups', 'ast_plugin'; pass"):
+        ast.load_state_dict(optimizer.state_dict())
+
+
 def test_a_damaged_state_changes_nothing() -> None:
     model, optimizer, ast = wrapped()
     train(model, optimizer, range(20))
@@ -213,9 +247,8 @@ def test_a_damaged_state_changes_nothing() -> None:
     for rest in (fixed["rest"][:-100], b"", 3):
         with pytest.raises(ast_plugin.StateError, match="the saved state is damaged"):
             ast.load_state_dict({**fixed, "rest": rest})
-    for nothing in ({"format": 2}, 3):
-        with pytest.raises(ast_plugin.StateError, match="damaged or none of this package"):
-            ast.load_state_dict(nothing)  # type: ignore[arg-type]  # what a wrong file may hold
+    with pytest.raises(ast_plugin.StateError, match="damaged or none of this package"):
+        ast.load_state_dict({"format": 2})
 
 
 def test_an_optimizer_state_that_torch_refuses_does_not_move_the_run() -> None:

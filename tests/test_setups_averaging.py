@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from networks import assert_same, conv_net, image_batch, mlp, snapshot, train, wrapped
-from setup_runs import BUSY, batch_for, plain_step
+from networks import assert_same, conv_net, image_batch, mlp, nonzero, sgd, snapshot, train, wrapped
+from reference_run import ReferenceRun, assert_runs_agree
+from setup_runs import BUSY, batch_for, plain_step, whole_batch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_swa_avg_fn, update_bn
@@ -86,6 +87,56 @@ def test_whenever_an_average_is_taken_it_sees_dense_weights(moment: str) -> None
     average.update_parameters(model)
     for name in ast.masks.parameters:
         assert torch.equal(average.module.get_parameter(name), before[name]), name
+
+
+@pytest.mark.parametrize("graphs", [1, 2])
+def test_weights_exchanged_by_hand_after_a_batch_without_backward_are_dense_both_times(graphs: int) -> None:
+    model, optimizer, ast = wrapped(method="static")
+    train(model, optimizer, range(4))
+    average = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def skipped_batch() -> None:
+        losses = [model(image_batch(4 + i)[0]).sum() for i in range(graphs)]
+        assert nonzero(model, ast) < ast.masks.total()
+        assert all(torch.isfinite(loss) for loss in losses)
+
+    def evaluated() -> torch.Tensor:
+        model.eval()
+        with torch.no_grad(), ast.sub_net("s50"):
+            found = model(image_batch(0)[0])
+        model.train()
+        return found
+
+    skipped_batch()
+    stored = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert_same(stored, before)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(average[name])
+    assert_same(average, {name: p.detach() for name, p in model.named_parameters()})
+    evaluated()
+    assert_same(average, {name: p.detach() for name, p in model.named_parameters()})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(stored[name])
+    assert_same(before, {name: p.detach() for name, p in model.named_parameters()})
+
+
+def test_an_output_that_is_let_go_leaves_the_sub_net_on_for_the_backward_of_another() -> None:
+    model = mlp()
+    reference = ReferenceRun(model, sgd, **BUSY)
+    _, optimizer, ast = wrapped(model, **BUSY)
+    for step in range(9):
+        inputs, labels = batch_for(model, step)
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(inputs), labels)
+        model(inputs)  # let go at once
+        assert nonzero(model, ast) <= ast.masks.kept(ast.active)
+        loss.backward()
+        optimizer.step()
+        reference.step(whole_batch(model, step))
+    assert_runs_agree(ast, reference)
 
 
 def test_taking_averages_does_not_change_the_run() -> None:
@@ -170,6 +221,11 @@ def test_an_average_is_saved_and_loaded_as_an_elastic_file(tmp_path: Any) -> Non
         plain_step(model, optimizer, step)
         average.update_parameters(model)
         twin.update(get_swa_avg_fn())
+    alone = {name: twin.private_state(name) for name in twin.sub_nets}
+    twin.recalibrate(LOADER, sub_nets="s90")
+    statistics = "norm1.running_mean"
+    moved = [n for n in twin.sub_nets if not torch.equal(alone[n][statistics], twin.private_state(n)[statistics])]
+    assert moved == ["s90"]
     twin.recalibrate(LOADER)
     ast.add_report_metric("accuracy", 0.5, sub_net="s90")
     ast.save(tmp_path / "average.safetensors", twin=twin)

@@ -10,7 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from networks import assert_same, conv_net, image_batch, mlp, sgd, snapshot, train, train_step, vector_batch, wrapped
+from networks import (
+    assert_same,
+    conv_net,
+    image_batch,
+    mlp,
+    nonzero,
+    sgd,
+    snapshot,
+    train,
+    train_step,
+    vector_batch,
+    wrapped,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,10 +30,6 @@ import ast_plugin
 from ast_plugin.correction import Correction
 from ast_plugin.hookspecs import AlternationRecord
 from ast_plugin.training_exchange import with_plain_entries
-
-
-def nonzero(model: nn.Module, ast: ast_plugin.AlternatingSparseTraining) -> int:
-    return sum(int(model.get_parameter(name).count_nonzero()) for name in ast.masks.parameters)
 
 
 def test_the_sub_net_is_on_during_forward_and_backward_and_off_afterwards() -> None:
@@ -189,6 +197,20 @@ def test_a_model_converted_after_wrapping_trains_on() -> None:
     train_step(model, ast.optimizer, (images.double(), labels))
     assert ast.step == 2
     assert nonzero(model, ast) == ast.masks.total()
+
+
+def test_a_backward_inside_a_sub_net_block_masks_gradients_and_leaves_the_dense_weights_alone() -> None:
+    model, optimizer, ast = wrapped(method="static")
+    before = snapshot(model)
+    loss = functional.cross_entropy(model(image_batch(0)[0]), image_batch(0)[1])
+    model.norm0.eval(), model.norm1.eval(), model.norm2.eval()
+    with ast.sub_net(ast.active):
+        loss.backward()
+    for name in ast.masks.parameters:
+        assert torch.equal(model.get_parameter(name), before[name])
+        assert not model.get_parameter(name).grad[~ast.masks.get("s50", name)].any()
+    optimizer.step()
+    assert ast.step == 1
 
 
 def test_stepping_inside_a_sub_net_block_is_refused() -> None:
@@ -398,6 +420,43 @@ def test_detach_leaves_an_ordinary_dense_model() -> None:
     ast.detach()
 
 
+def test_after_detaching_sub_nets_can_be_looked_at_and_saved_until_the_model_belongs_to_another_run(
+    tmp_path: Any,
+) -> None:
+    model, optimizer, ast = wrapped(method="static")
+    train(model, optimizer, range(6))
+    images, _ = image_batch(0)
+
+    def outputs() -> dict[str, Any]:
+        found = {}
+        model.eval()
+        for name in ast.sub_nets:
+            with ast.sub_net(name), torch.no_grad():
+                found[name] = model(images)
+        return found
+
+    before, weights = outputs(), snapshot(model)
+    ast.detach()
+    assert_same(before, outputs())
+    assert_same(weights, snapshot(model))
+    ast.save(tmp_path / "after.safetensors")
+    elastic = ast_plugin.load(tmp_path / "after.safetensors", conv_net().eval())
+    for name in ast.sub_nets:
+        with torch.no_grad():
+            elastic.switch(name)
+            torch.testing.assert_close(elastic.model(images), before[name])
+    _, _, other = wrapped(model, sgd(model), method="static")
+    for call in (
+        lambda: ast.sub_net("s90").__enter__(),
+        lambda: ast.save(tmp_path / "x"),
+        lambda: ast.materialize("s90"),
+    ):
+        with pytest.raises(ast_plugin.ActivationError, match="wrapped anew"):
+            call()
+    with other.sub_net("s90"):
+        assert nonzero(model, other) < other.masks.total()
+
+
 def test_state_dicts_are_dense_even_between_forward_and_backward() -> None:
     model, _optimizer, ast = wrapped(method="static")
     before = snapshot(model)
@@ -435,6 +494,78 @@ def test_a_copy_between_forward_and_backward_is_dense_too() -> None:
     twin = copy.deepcopy(model)
     assert_same(before, {name: p.detach() for name, p in twin.named_parameters()})
     assert nonzero(model, ast) == ast.masks.total()
+
+
+class Staged(nn.Module):
+    """A `conv_net` inside a container, as networks have their stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = conv_net()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.stage(images)
+
+
+@pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])
+def test_a_part_of_the_model_is_dense_too_between_forward_and_backward(how: str) -> None:
+    model, optimizer, ast = wrapped(Staged())
+    train(model, optimizer, range(4))
+    images, labels = image_batch(4)
+    before = snapshot(model.stage)
+    model.apply(lambda module: setattr(module, "momentum", 0.0) if isinstance(module, nn.BatchNorm2d) else None)
+    loss = functional.cross_entropy(model(images), labels)
+    if how == "state_dict":
+        seen = {name: tensor.clone() for name, tensor in model.stage.state_dict().items()}
+    else:
+        twin = copy.deepcopy(model.stage) if how == "deepcopy" else pickle.loads(pickle.dumps(model.stage))
+        seen = snapshot(twin)
+    assert {n: t for n, t in seen.items() if "batches" not in n}.keys() >= set(dict(model.stage.named_parameters()))
+    for name, tensor in before.items():
+        assert torch.equal(seen[name], tensor), name
+    loss.backward()  # goes through the sub-net that its forward had on
+    optimizer.step()
+    assert ast.step == 5
+
+
+def test_loading_into_a_part_while_a_sub_net_is_on_keeps_what_was_loaded() -> None:
+    model, _, ast = wrapped(Staged(), method="static")
+    held = model(image_batch(0)[0])
+    other = conv_net(seed=5).conv1.state_dict()
+    model.stage.conv1.load_state_dict(other)
+    assert_same(dict(other), dict(model.stage.conv1.state_dict()))
+    assert held.requires_grad
+    with ast.sub_net("s90"), pytest.raises(ast_plugin.ActivationError, match="leave the block first"):
+        model.stage.conv1.load_state_dict(other)
+
+
+@pytest.mark.parametrize("into", ["model", "part"])
+def test_a_plain_checkpoint_loaded_before_the_first_step_is_where_every_sub_net_starts(into: str) -> None:
+    trained = conv_net(seed=3)
+    train(trained, sgd(trained), range(4))
+    model, _, ast = wrapped(Staged())
+    if into == "model":
+        model.load_state_dict({f"stage.{name}": tensor for name, tensor in trained.state_dict().items()})
+    else:
+        model.stage.load_state_dict(trained.state_dict())
+    state = model.state_dict()
+    for sub_net in ast.sub_nets:
+        assert_same(ast.private_state(sub_net), {name: state[name] for name in ast.private_state(sub_net)})
+        assert torch.equal(ast.private_state(sub_net)["stage.norm1.running_var"], trained.norm1.running_var)
+
+
+def test_weights_loaded_later_or_beside_the_state_of_a_run_leave_the_sub_nets_their_own_batch_norm() -> None:
+    other = conv_net(seed=3).state_dict()
+    model, optimizer, ast = wrapped()
+    train(model, optimizer, range(3))
+    before = {name: ast.private_state(name) for name in ast.sub_nets[1:]}
+    checkpoint = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    model.load_state_dict(other)
+    assert_same(before, {name: ast.private_state(name) for name in ast.sub_nets[1:]})
+    model, optimizer, ast = wrapped()
+    optimizer.load_state_dict(checkpoint[1])
+    model.load_state_dict(checkpoint[0])
+    assert_same(before, {name: ast.private_state(name) for name in ast.sub_nets[1:]})
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
@@ -768,6 +899,33 @@ def test_an_optimizer_step_that_raises_is_mended_at_the_next_touch() -> None:
     assert_same(before, {k: v for k, v in state.items() if k in before})
     train_step(model, optimizer, image_batch(4))
     assert ast.step == 5
+
+
+@pytest.mark.parametrize("method", ["set", "rigl", "granet"])
+def test_a_step_that_was_broken_off_updates_its_masks_once(method: str) -> None:
+    runs = []
+    for broken_off in (True, False):
+        model, optimizer, ast = wrapped(method=method, update_interval=3, stagger=False, correction="off")
+        updated = []
+
+        def interrupt(*_: Any, ast: Any = ast, updated: list[int] = updated) -> None:
+            updated.append(ast.step)
+            if updated.count(ast.step) == 1:
+                raise KeyboardInterrupt
+
+        if broken_off:
+            optimizer.register_step_pre_hook(interrupt)  # runs after ours, which has updated the masks
+        for step in range(9):
+            if broken_off:
+                with pytest.raises(KeyboardInterrupt):
+                    train_step(model, optimizer, image_batch(step))
+                optimizer.step()
+            else:
+                train_step(model, optimizer, image_batch(step))
+        masks = {name: ast.masks.of(name) for name in ast.sub_nets}
+        runs.append({"masks": masks, "weights": snapshot(model), "history": ast.history["sparsity"]})
+    assert_same(runs[0], runs[1])
+    assert len({point["step"] for point in runs[0]["history"]}) > 3
 
 
 @pytest.mark.parametrize("wrapper", ["DataParallel", "compiled", "both"])

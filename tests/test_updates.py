@@ -67,6 +67,37 @@ def test_rigl_keeps_its_counts_and_reports_what_grew() -> None:
     assert update.grown["w"].int().tolist() == [[0, 0, 1, 1], [0, 0, 0, 0]]
 
 
+@pytest.mark.parametrize("method", [RIGL, GRANET], ids=lambda method: method.name)
+def test_an_interrupted_update_leaves_every_mask_as_it_was(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weights = {name: torch.randn(6, 6) for name in "abc"}
+    gradients = {name: torch.randn(6, 6) for name in "abc"}
+    made, other = (updater(method, weights, drop_fraction=0.5) for _ in range(2))
+    before, revision = made.masks.of("s50"), made.masks.revision("s50")
+    expand = type(made.plans["s50"].pattern).expand
+    calls = 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return expand(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(made.plans["s50"].pattern), "expand", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            made.update("s50", 5, weights, gradients)
+    assert calls == 3
+    assert made.masks.revision("s50") == revision
+    for name, mask in made.masks.of("s50").items():
+        assert torch.equal(mask, before[name]), name
+    made.update("s50", 5, weights, gradients)
+    other.update("s50", 5, weights, gradients)
+    assert made.masks.checksum() == other.masks.checksum()
+    assert any(not torch.equal(mask, before[name]) for name, mask in made.masks.of("s50").items())
+
+
 def test_set_grows_the_same_weights_for_the_same_seed_and_step_only() -> None:
     weights = {"w": torch.randn(16, 16)}
 

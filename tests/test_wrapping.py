@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import warnings
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from networks import assert_same, conv_net, image_batch, mlp, sgd, snapshot, train, train_step, vector_batch, wrapped
-from torch import nn
+from torch import Tensor, nn
 
 import ast_plugin
+from ast_plugin.attachment import is_attached
 from ast_plugin.wrapping import ASTOptions
 
 
@@ -247,3 +249,91 @@ def test_what_is_no_twin_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ast_plugin.ConfigError, match=r"twin must be what twin\(\) of this controller returned"):
         ast.save(tmp_path / "elastic.safetensors", twin=model)  # type: ignore[arg-type]  # what users do
     assert not list(tmp_path.iterdir())
+
+
+class WithLoss(nn.Module):
+    """A module around the network that returns the loss, as training tasks do."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        output = self.network(images)
+        return {"loss": nn.functional.cross_entropy(output, labels), "output": output}
+
+
+def test_outermost_trains_as_the_network_itself_does_and_names_stay_the_network_s() -> None:
+    plain, inner = conv_net(), conv_net()
+    optimizer, inner_optimizer = sgd(plain), sgd(inner)
+    task = WithLoss(inner)
+    options: ASTOptions = {"sparsities": (0.5, 0.9), "total_steps": 20, "seed": 3}
+    expected = ast_plugin.wrap(optimizer, plain, **options)
+    ast = ast_plugin.wrap(inner_optimizer, inner, outermost=task, **options)
+    for step in range(12):
+        train_step(plain, optimizer, image_batch(step))
+        inner_optimizer.zero_grad()
+        task(*image_batch(step))["loss"].backward()
+        inner_optimizer.step()
+    assert_same(snapshot(plain), snapshot(inner))
+    for name in ast.sub_nets:
+        assert_same(expected.materialize(name), ast.materialize(name))
+    assert [row.parameter for row in ast.describe().rows] == [row.parameter for row in expected.describe().rows]
+
+
+def test_a_network_inside_outermost_is_evaluated_by_itself_as_the_default_sub_net() -> None:
+    network = conv_net()
+    task = WithLoss(network)
+    ast = ast_plugin.wrap(sgd(network), network, outermost=task, sparsities=(0.5, 0.9), method="static")
+    task.eval()
+    images, labels = image_batch(0)
+    before = snapshot(network)
+    with torch.no_grad():
+        alone, inside = network(images), task(images, labels)["output"]
+        with ast.sub_net("s50"):
+            expected = network(images)
+    assert torch.equal(alone, expected)
+    assert torch.equal(inside, expected)
+    assert_same(before, snapshot(network))
+
+
+def test_outermost_that_does_not_hold_the_model_is_refused() -> None:
+    refused(ast_plugin.WrapError, "outermost, a WithLoss, does not hold the model", outermost=WithLoss(conv_net()))
+    refused(ast_plugin.WrapError, "outermost must be a torch.nn.Module around the model", outermost="task")
+
+
+def test_outermost_that_is_wrapped_already_is_refused_and_free_again_after_detach() -> None:
+    network = conv_net()
+    task = WithLoss(network)
+    optimizer = sgd(network)
+    ast = ast_plugin.wrap(optimizer, network, outermost=task, sparsities=(0.5,), method="static")
+    with pytest.raises(ast_plugin.WrapError, match="wrapped already"):
+        ast_plugin.wrap(sgd(network), network, outermost=task, sparsities=(0.5,), method="static")
+    ast.detach()
+    assert not task._forward_pre_hooks
+    assert not network._forward_pre_hooks
+    ast_plugin.wrap(optimizer, network, outermost=task, sparsities=(0.5,), method="static")
+
+
+def test_a_copy_that_outermost_holds_beside_the_network_may_be_its_twin() -> None:
+    network = conv_net()
+    task = WithLoss(network)
+    task.average = copy.deepcopy(network)
+    ast = ast_plugin.wrap(sgd(network), network, outermost=task, sparsities=(0.5, 0.9), method="static")
+    with ast.twin(task.average).sub_net("s90") as average, ast.sub_net("s90"):
+        assert_same(snapshot(network), snapshot(average))
+
+
+@pytest.mark.parametrize(("fused", "dampening"), [(True, 0.1), (True, 0.0), (False, 0.1)])
+def test_a_fused_step_that_would_damp_the_first_momentum_of_batch_norm_is_refused(
+    fused: bool, dampening: float
+) -> None:
+    model = conv_net()
+    optimizer = sgd(model, fused=fused, dampening=dampening)
+    if fused and dampening:
+        with pytest.raises(ast_plugin.WrapError, match=r"fused=True and dampening=0\.1 would damp the first step"):
+            wrapped(model, optimizer)
+        assert not is_attached(model)
+        wrapped(model, optimizer, private_normalization=False)
+    else:
+        wrapped(model, optimizer)

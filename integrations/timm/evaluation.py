@@ -1,0 +1,51 @@
+"""Metrics of every sub-net beside those that a timm script knows, and the one that chooses the best checkpoint."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+from ast_plugin.errors import ConfigError, near_names
+
+_OWN = ("loss", "top1", "top5")  # what timm's validate returns
+
+
+def metric_name(sub_net: str, name: str) -> str:
+    """Return the name of a sub-net's metric; timm puts ``eval_`` before it in ``summary.csv``."""
+    return f"{sub_net}_{name}"
+
+
+def split_metric(metric: str, sub_nets: Sequence[str]) -> tuple[str | None, str]:
+    """Return the sub-net that ``--eval-metric`` names, None if it names none, and the metric without it.
+
+    Args:
+        metric: Such as ``top1`` or ``s95_loss``.
+        sub_nets: Names of the sub-nets.
+
+    Raises:
+        ConfigError: If it is one of timm's metrics of a sub-net that is not there.
+    """
+    for sub_net in sub_nets:
+        if metric.startswith(metric_name(sub_net, "")):
+            return sub_net, metric.removeprefix(metric_name(sub_net, ""))
+    sub_net, _, name = metric.rpartition("_")
+    if sub_net and name in _OWN:
+        known = [metric_name(known, name) for known in sub_nets]
+        raise ConfigError(f"--eval-metric {metric}: there is no sub-net {sub_net!r}; {near_names(metric, known)}")
+    return None, metric
+
+
+def merged(headline: str, by_sub_net: Mapping[str, Mapping[str, float]]) -> OrderedDict[str, float]:
+    """Return one mapping: one sub-net's metrics under the script's own names, then every sub-net's.
+
+    The names and their order are the same at every evaluation, as ``summary.csv`` needs them.
+
+    Args:
+        headline: The sub-net that the script's own names stand for.
+        by_sub_net: What ``validate`` returned for each.
+    """
+    metrics: OrderedDict[str, float] = OrderedDict(by_sub_net[headline])
+    for sub_net, figures in by_sub_net.items():
+        for name, value in figures.items():
+            metrics[metric_name(sub_net, name)] = value
+    return metrics

@@ -1,0 +1,106 @@
+"""The files that a run leaves beside timm's checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ast_plugin.errors import MissingExtraError
+from ast_plugin.files import atomic_write_text
+from ast_plugin.report import Report
+from ast_plugin.slots import bare_model
+from ast_plugin.training import AlternatingSparseTraining
+from ast_plugin.twins import Twin
+from ast_plugin.version import __version__
+
+ELASTIC = "elastic.safetensors"
+AVERAGE = "elastic_ema.safetensors"
+PAGE = "report.html"
+SUMMARY = "ast.json"
+
+_logger = logging.getLogger("ast_plugin.timm")
+
+
+def write_outputs(
+    ast: AlternatingSparseTraining,
+    folder: Path,
+    *,
+    twin: Twin | None,
+    report: bool,
+    args: argparse.Namespace,
+    seconds: float | None = None,
+) -> list[Path]:
+    """Write the sub-nets, the report and a summary for programs.
+
+    Args:
+        ast: The run, at its end.
+        folder: Where to; it exists.
+        twin: Of the script's moving average, whose sub-nets are written too.
+        report: Whether to write the page.
+        args: The script's settings, of which the model's name and input size are used.
+        seconds: How long training took.
+
+    Returns:
+        The files written.
+
+    Raises:
+        SaveError: If one cannot be written.
+    """
+    name = str(getattr(args, "model", type(bare_model(ast.model)).__name__))
+    page = Report.from_training(
+        ast, title=f"Sub-nets of {name}", example_inputs=_example(ast, args), elapsed_seconds=seconds
+    )
+    files = [folder / ELASTIC]
+    ast.save(files[0], report=page.to_dict())
+    if twin is not None:
+        files.append(folder / AVERAGE)
+        ast.save(files[-1], twin=twin)
+    if report:
+        try:
+            page.write_html(folder / PAGE)
+            files.append(folder / PAGE)
+        except MissingExtraError as error:
+            _logger.warning(f"No {PAGE}: {error}")
+    summary = {
+        "model": name,
+        "config": ast.config.to_dict(),
+        "steps": ast.step,
+        "default_sub_net": ast.default_sub_net,
+        "sub_nets": {s: {"sparsity": ast.masks.sparsity(s), "metrics": ast.metrics[s]} for s in ast.sub_nets},
+        "files": [file.name for file in files],
+        "versions": {"ast-plugin": __version__, "timm": _version("timm"), "torch": torch.__version__},
+    }
+    atomic_write_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    return [*files, folder / SUMMARY]
+
+
+def _example(ast: AlternatingSparseTraining, args: argparse.Namespace) -> Any:
+    """Return a picture of the size that was trained on, to count operations on; None if the model takes no pictures."""
+    from timm.data import resolve_data_config
+
+    network = bare_model(ast.model)
+    size = resolve_data_config(vars(args), model=network)["input_size"]
+    like = next(network.parameters())
+    picture = torch.zeros(1, *size, dtype=like.dtype, device=like.device)
+    try:
+        with torch.no_grad(), ast.sub_net(ast.default_sub_net):
+            network.eval()(picture)
+    except Exception as error:  # models for other input (NaFlex patches) have no picture to be counted on
+        _logger.warning(f"Operations are not counted: {type(network).__name__} cannot be run on a picture ({error}).")
+        return None
+    return picture
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        import timm
+
+        return str(timm.__version__)
