@@ -232,8 +232,10 @@ class PrivateNormalization:
         }
         for name, parameter in zip(self.parameter_names, self._owners(), strict=True):
             entry = entries.get(name)
-            counter = entry.get(_COUNTER) if isinstance(entry, dict) else None
-            if isinstance(counter, Tensor) and on_device.get(id(parameter)):
+            if not isinstance(entry, dict) or not on_device.get(id(parameter)):
+                continue
+            counter = entry.get(_COUNTER)
+            if isinstance(counter, Tensor):
                 entry[_COUNTER] = counter.to(device=parameter.device, dtype=torch.float32)
 
     def _fresh_entry(self, name: str) -> Any:

@@ -102,7 +102,7 @@ class Pack:
             self._spread(self._last, tensors)
             self._last = self._last if not self._holding else []
 
-    def set_aside(self, tensors: Sequence[Tensor]) -> None:
+    def set_aside(self, tensors: list[Tensor]) -> None:
         """Copy the tensors, for `bring_back`; until `let_go`, vectors are other memory than the copy's."""
         if self.buffered:
             self._memory(tensors[0].dtype, tensors[0].device)
@@ -120,7 +120,7 @@ class Pack:
             kept.keep_only_(self.vector(tensors))
             self.write(tensors)
 
-    def bring_back(self, tensors: Sequence[Tensor]) -> None:
+    def bring_back(self, tensors: list[Tensor]) -> None:
         """Copy what was set aside back into the tensors; may be repeated until `let_go`."""
         torch._foreach_copy_(tensors, self._aside)
 

@@ -103,7 +103,7 @@ class GradientReference:
 
     def _wholes(self) -> dict[str, Tensor]:
         """Return what is remembered by parameter name, in the parameters' shapes, zero where nothing was taken."""
-        wholes = {}
+        wholes: dict[str, Tensor] = {}
         for pack, remembered in self._remembered.items():
             tensors = pack.tensors(remembered.vector(pack.total), remembered.order)
             wholes |= {n: t for n, t, p in zip(pack.names, tensors, remembered.present, strict=True) if p}

@@ -5,7 +5,8 @@ contenders step in turn in one process: plain training; this package with three 
 clipping), one and eight; torch.nn.utils.prune; parametrize with a mask; joint training; and the packages rigl-torch and
 sparsimony where they are installed. Prints tables and writes the figures into a JSON file.
 
-    python benchmarks/overhead.py                                   # all of it, about half an hour
+    pip install --no-deps rigl-torch sparsimony                     # what they declare to need is older, and not needed
+    python benchmarks/overhead.py                                   # all of it, about an hour
     python benchmarks/overhead.py --parts steps --networks ViT-tiny --rounds 48
     python benchmarks/overhead.py --quick --output quick.json       # tiny shapes: does it run?
     python benchmarks/overhead.py --markdown                        # docs/cost.md from the JSON file; measures nothing
@@ -25,7 +26,7 @@ import torch
 
 from ast_plugin.files import atomic_write_text
 from overhead_frontier import measure_forms
-from overhead_lineup import build_all
+from overhead_lineup import build_all, peer_versions
 from overhead_memory import measure_memory
 from overhead_page import page, text
 from overhead_runs import measure_mask_updates, measure_runs
@@ -34,7 +35,7 @@ from overhead_timing import hook_times, measure, ratio
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 PAGE = Path(__file__).parent.parent / "docs" / "cost.md"
-PARTS = ("steps", "frontier", "memory", "mask_update", "runs")
+PARTS = ("steps", "frontier", "memory", "mask_update", "runs", "short_runs")
 
 _QUICK_SHAPES = ((64, 64, 3, 3), (128, 64, 3, 3), (10, 128))
 
@@ -78,7 +79,7 @@ def measure_part(part: str, args: argparse.Namespace) -> Any:
     if part == "mask_update":
         return measure_mask_updates(repeats=args.repeats, shapes=_QUICK_SHAPES if args.quick else None)
     task = make("ResNet-32", "SGD", batch_size=args.run_batch)
-    return measure_runs(task, steps=args.run_steps)
+    return measure_runs(task, steps=args.run_steps if part == "runs" else args.short_run_steps)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,8 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="counted steps of every contender (default: 24; quick: 6)")
     parser.add_argument("--repeats", type=int, help="counted mask updates (default: 5; quick: 1)")
-    parser.add_argument("--run-steps", type=int, help="steps of a whole run (default: 300; quick: 60)")
-    parser.add_argument("--run-batch", type=int, help="its batch size (default: as for steps)")
+    parser.add_argument("--run-steps", type=int, help="steps of a whole run (default: 1000; quick: 60)")
+    parser.add_argument("--short-run-steps", type=int, help="steps of a short one beside it (default: 300; quick: 30)")
+    parser.add_argument("--run-batch", type=int, help="batch size of both (default: 32; quick: as for steps)")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), metavar="OPTIMIZER")
     parser.add_argument(
@@ -110,7 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         atomic_write_text(args.markdown, page(json.loads(args.output.read_text(encoding="utf-8"))))
         print(f"Page: {args.markdown}")
         return 0
-    for name, full, quick in (("rounds", 24, 6), ("repeats", 5, 1), ("run_steps", 300, 60)):
+    for name, full, quick in (
+        ("rounds", 24, 6),
+        ("repeats", 5, 1),
+        ("run_steps", 1000, 60),
+        ("run_batch", 32, None),
+        ("short_run_steps", 300, 30),
+    ):
         if getattr(args, name) is None:
             setattr(args, name, quick if args.quick else full)
     torch.set_num_threads(1)
@@ -123,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "cannot be mixed: name another --output"
             )
     results |= {"torch": torch.__version__, "python": sys.version.split()[0], "quick": args.quick}
+    results["peers"] = peer_versions()
     for part in args.parts or PARTS:
         print(f"Measuring: {part} ...", file=sys.stderr, flush=True)
         results[part] = measure_part(part, args)

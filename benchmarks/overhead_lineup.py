@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 from collections.abc import Callable
 
 from overhead_contenders import (
@@ -62,10 +64,19 @@ def build_peers(task: Task) -> tuple[list[Contender], list[str]]:
         try:
             contenders.append(build(task))
         except ImportError as error:
-            notes.append(f"{package} is left out: {error} (pip install {package.split()[0]}).")
+            notes.append(f"{package} is left out: {error} (pip install --no-deps {package.split()[0]}).")
         except Exception as error:  # whatever another package does, the rest is still worth measuring
             notes.append(f"{package} is left out: {type(error).__name__}: {error}")
     return contenders, notes
+
+
+def peer_versions() -> dict[str, str]:
+    """Return the versions of the packages of others that are installed."""
+    versions = {}
+    for package in dict.fromkeys(name.split()[0] for name, _ in PEERS):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def check_sparsity(contender: Contender) -> None:

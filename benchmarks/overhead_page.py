@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ast_plugin.report_text import TextTable, plain_table
 from overhead_contenders import EIGHT, EIGHT_OFF, FREEZE, OFF, OURS, SINGLE
@@ -49,19 +49,23 @@ def sections(results: Results) -> list[Section]:
     """Return everything that was measured."""
     parts = [Section(heading="Limits", text=_LIMITS_TEXT, table=summary(results))]
     if "steps" in results:
-        parts += [_steps(results["steps"]), _events(results["steps"]), _growth(results["steps"])]
+        parts += [
+            _steps(results["steps"], results.get("peers", {})),
+            _events(results["steps"]),
+            _growth(results["steps"]),
+        ]
     if "memory" in results:
         parts.append(_memory(results["memory"]))
     if "mask_update" in results:
         parts.append(_mask_update(results["mask_update"]))
     if "runs" in results:
-        parts.append(_runs(results["runs"]))
+        parts.append(_runs([results[name] for name in ("runs", "short_runs") if name in results]))
     if {"frontier", "steps", "memory"} <= set(results):
         parts.append(_frontier(results))
     return parts
 
 
-def _steps(steps: Results) -> Section:
+def _steps(steps: Results, peers: Mapping[str, str]) -> Section:
     names = list(dict.fromkeys(name for step in steps.values() for name in step["contenders"]))
     rows = []
     for name in names:
@@ -77,6 +81,9 @@ def _steps(steps: Results) -> Section:
         rows.append((name, *cells))
     plain = tuple(f"{step['plain_ms']:.0f} ms" for step in steps.values())
     notes = tuple(dict.fromkeys(note for step in steps.values() for note in step["notes"]))
+    if peers:
+        shown = ", ".join(f"{package} {version}" for package, version in peers.items())
+        notes = (f"Others: {shown}, installed by `pip install --no-deps {' '.join(peers)}`.", *notes)
     rounds = next(iter(steps.values()))["rounds"]
     return Section(
         heading="A step",
@@ -156,22 +163,26 @@ def _mask_update(found: Results) -> Section:
     )
 
 
-def _runs(found: Results) -> Section:
-    rows = (
-        ("three sub-nets / one sparse net", f"{found['ratio']:.4f}"),
-        ("the same from the time in hooks alone", f"{found['by_hooks']:.4f}"),
-        ("three sub-nets / one sparse net, computed for 10,000 steps", f"{found['long']:.4f}"),
-        ("three sub-nets / dense training", f"{found['to_dense']:.4f}"),
-        ("mask updates, three sub-nets", str(found["updates"])),
-        ("mask updates, one sparse net", str(found["updates_single"])),
-    )
+def _runs(runs: Sequence[Results]) -> Section:
+    rows = [
+        (name, *(shown.format(found[key]) for found in runs))
+        for name, key, shown in (
+            ("three sub-nets / one sparse net", "ratio", "{:.4f}"),
+            ("the same from the time in hooks alone", "by_hooks", "{:.4f}"),
+            ("three sub-nets / one sparse net, computed for 10,000 steps", "long", "{:.4f}"),
+            ("three sub-nets / dense training", "to_dense", "{:.4f}"),
+            ("mask updates, three sub-nets", "updates", "{}"),
+            ("mask updates, one sparse net", "updates_single", "{}"),
+        )
+    ]
     return Section(
         heading="A whole run",
-        text=f"ResNet-32, SGD, batch {found['batch']}, {found['steps']} steps from the first to the last, by the "
-        "default schedule; the runs step in turn, and their processor time is added up. The number of mask updates "
-        "does not depend on the length of the run, so a longer run pays less for them: the third row takes the "
-        "measured cost of plain steps, hooks and updates for as many updates in 10,000 steps.",
-        table=TextTable(title="A whole run", columns=("", "ratio or count"), rows=rows),
+        text=_RUNS_TEXT.format(batch=runs[0]["batch"]),
+        table=TextTable(
+            title="A whole run",
+            columns=("ratio or count", *(f"{found['steps']} steps" for found in runs)),
+            rows=tuple(rows),
+        ),
     )
 
 
@@ -280,6 +291,12 @@ _UPDATE_TEXT = """\
 One update of one sub-net by GraNet, {millions:.1f} million prunable weights in the shapes of a ResNet-50, along
 the ramp to 90 %; medians in ms. The second column is what the next step pays once to bring the new masks into the
 form in which they are applied. `benchmarks/mask_update.py` takes the update apart."""
+
+_RUNS_TEXT = """\
+ResNet-32, SGD, batch {batch}, from the first step to the last, by the default schedule; the runs step in turn, and
+their processor time is added up. The first column is held against the limit. The number of mask updates does not
+depend on the length of the run, so a longer run pays less for them: the third row takes the measured cost of plain
+steps, hooks and updates for as many updates in 10,000 steps."""
 
 _WHY = """\
 Steps are bound by memory, not by arithmetic: a sub-net is put on by reading the dense weights, writing them to a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -71,9 +72,16 @@ def test_peers_that_are_missing_or_fail_are_named(overhead: Any, task: Any, monk
     contenders, notes = overhead.lineup.build_peers(task)
     assert contenders == []
     assert notes == [
-        "one (SET) is left out: No module named 'one' (pip install one).",
+        "one (SET) is left out: No module named 'one' (pip install --no-deps one).",
         "two is left out: ValueError: too old",
     ]
+
+
+def test_versions_of_installed_peers_are_known_and_others_left_out(
+    overhead: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overhead.lineup, "PEERS", (("torch (SET)", None), ("torch (RigL)", None), ("no-such", None)))
+    assert overhead.lineup.peer_versions() == {"torch": importlib.metadata.version("torch")}
 
 
 def test_joint_training_adds_the_masked_gradients_of_all_sub_nets(overhead: Any, task: Any) -> None:
@@ -302,6 +310,9 @@ def test_the_page_has_every_figure_and_names_missed_aims(overhead: Any) -> None:
     assert "| ViT-tiny, SGD | ours | 1.00 % | 8.0 |" in page
     assert "Aims not reached: added to a step, ViT-tiny (3.00 %, aim 2.00 %); growth" in page
     assert "\npeer is left out.\n" in page
+    assert "Others: " not in page
+    named = overhead.page.page({**results(overhead), "peers": {"peer": "1.2", "other": "3"}})
+    assert "\nOthers: peer 1.2, other 3, installed by `pip install --no-deps peer other`.\n" in named
     assert "quick run" not in page
     assert "quick run" in overhead.page.page({**results(overhead), "quick": True})
 
@@ -321,7 +332,7 @@ def test_a_quick_run_measures_everything(overhead: Any, tmp_path: Path) -> None:
     assert "added to a step, ResNet-32" in printed
     figures = json.loads(output.read_text(encoding="utf-8"))
     assert set(figures) == {
-        "torch", "python", "quick", "steps", "frontier", "memory", "mask_update", "runs"
+        "torch", "python", "quick", "steps", "frontier", "memory", "mask_update", "runs", "short_runs", "peers"
     }  # fmt: skip
     assert len(overhead.limits.measured(figures)) == 5  # all limits but ViT-tiny's
     subprocess.run([*command, "--markdown", str(page)], capture_output=True, check=True)
