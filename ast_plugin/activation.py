@@ -49,15 +49,20 @@ class MaskedActivation:
         self._normalization = normalization
         self._covered: list[Pack] = []
         self._worn: str | None = None
+        self._complete = False  # nothing of it has been taken off by a call that was cut off
 
     @property
     def worn(self) -> str | None:
         """Name of the sub-net that is on the model, None when the model is dense."""
         return self._worn
 
+    def is_on(self, sub_net: str) -> bool:
+        """Return whether all of `sub_net` is on the model."""
+        return self._worn == sub_net and self._complete
+
     def put_on(self, sub_net: str) -> None:
         """Zero the weights that `sub_net` drops and bring in its normalisation state, in place."""
-        if self._worn == sub_net:
+        if self.is_on(sub_net):
             return
         self.take_off()
         self._worn = sub_net
@@ -73,6 +78,7 @@ class MaskedActivation:
                         pack.put_masked(kept, parameters)
                 self._normalization.carry(sub_net)
             _forget_autocast_copies()
+            self._complete = True
         except BaseException:
             self.take_off()
             raise
@@ -81,6 +87,7 @@ class MaskedActivation:
         """Copy the dense weights back in place and bring in the default's normalisation state."""
         if self._worn is None:
             return
+        self._complete = False
         with torch.inference_mode(False), torch.no_grad():
             while self._covered:
                 pack = self._covered[-1]
@@ -113,7 +120,7 @@ class ShardedActivation(MaskedActivation):
 
     def put_on(self, sub_net: str) -> None:
         """Put a sub-net on; copies that were gathered before are dropped."""
-        if self.worn != sub_net:
+        if not self.is_on(sub_net):
             reshard(self._model)
             super().put_on(sub_net)
 

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 NO_BACKWARD = -1
+_CALL = nn.Module.__call__.__code__
 
 _attached: weakref.WeakSet[object] = weakref.WeakSet()
 
@@ -95,10 +96,9 @@ class Attachment:
     ) -> None:
         self._called = called
         self._model = model
-        self._inside = False
         self._events = events
         self._backward = NO_BACKWARD
-        hook = functools.partial(_ModelHook, before_copy=events.before_state_access)
+        hook = functools.partial(_ModelHook, before_copy=events.before_part_access)
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(_uncompiled(lambda _, args, kwargs: events.before_step(args, kwargs))),
             optimizer.register_step_post_hook(_uncompiled(lambda *_: events.after_step())),
@@ -117,16 +117,15 @@ class Attachment:
                 module.register_state_dict_post_hook(hook(self._after_state_access)),
                 module.register_load_state_dict_pre_hook(hook(self._before_load)),
             ]
-        part = functools.partial(_ModelHook, before_copy=events.before_part_access)
         for module in model.modules():
             if module not in (called, model, bare):
                 self._handles += [
-                    module.register_state_dict_pre_hook(part(lambda *_: events.before_part_access())),
-                    module.register_load_state_dict_pre_hook(part(self._before_load)),
+                    module.register_state_dict_pre_hook(hook(lambda *_: events.before_part_access())),
+                    module.register_load_state_dict_pre_hook(hook(self._before_load)),
                 ]
-            self._handles.append(module.register_load_state_dict_post_hook(part(self._after_load)))
+            self._handles.append(module.register_load_state_dict_post_hook(hook(self._after_load)))
         self._stateful = (called, model, bare)
-        self._loading: nn.Module | None = None
+        self._loading: tuple[nn.Module, object] | None = None  # the outermost module, and what all in its load have
         # Not all that the outermost module holds: a teacher or a moving average beside the network is free.
         self._claimed = (optimizer, called, *model.modules())
         _attached.update(self._claimed)
@@ -142,12 +141,9 @@ class Attachment:
 
     def _before_forward(self, module: nn.Module, *_: Any) -> None:
         if self._is_outermost(module):
-            self._inside = module is self._called
             self._events.before_forward()
 
     def _after_forward(self, module: nn.Module, _: Any, output: Any) -> None:
-        if module is self._called:
-            self._inside = False
         if self._is_outermost(module):
             passed = self._events.after_forward(output is None)
             if passed is not None:
@@ -158,7 +154,7 @@ class Attachment:
         if module is self._called:
             return True
         training = module.training and torch.is_grad_enabled()
-        return module is self._model and not self._inside and not training
+        return module is self._model and not training and not is_running(self._called)
 
     def _before_state_access(self, module: nn.Module, *_: Any) -> None:
         if module in self._stateful:
@@ -168,18 +164,21 @@ class Attachment:
         if module in self._stateful:
             self._events.after_state_access()
 
-    def _before_load(self, module: nn.Module, *_: Any) -> None:
-        if self._loading is None or module in self._stateful:  # what is inside is loaded with it
-            self._loading = module
+    def _before_load(self, module: nn.Module, *args: Any) -> None:
+        errors = args[-1]  # one list in all that one call loads; an earlier one may have been refused or broken off
+        within = self._loading is not None and self._loading[1] is errors
+        if not within or module in self._stateful:  # what is inside is loaded with it
             self._events.before_load()
+            self._loading = module, errors
 
     def _after_load(self, module: nn.Module, *_: Any) -> None:
-        if module is self._loading:
+        if self._loading is not None and module is self._loading[0]:
             self._loading = None
             self._events.after_load()
 
     def _report_backward(self, output: Any, passed: object) -> None:
-        tensors = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        # A parameter that the model hands out outlives the graph, and its hooks would add up.
+        tensors = [tensor for tensor in _tensors(output) if tensor.grad_fn is not None]
         if not tensors:
             self._events.end_of_backward_unseen()
             return
@@ -208,6 +207,16 @@ def is_stepping(optimizer: torch.optim.Optimizer) -> bool:
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def is_running(module: nn.Module) -> bool:
+    """Return whether this is called from within the module's forward, and not after one that was broken off."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _CALL and frame.f_locals.get("self") is module:
             return True
         frame = frame.f_back
     return False

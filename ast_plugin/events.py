@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ast_plugin.attachment import NO_BACKWARD, current_backward, is_attached
+from ast_plugin.attachment import NO_BACKWARD, current_backward, is_attached, is_running
 from ast_plugin.distributed import check_every_rank_goes_on
 from ast_plugin.errors import ActivationError
 from ast_plugin.parts import RunParts
@@ -37,6 +37,7 @@ class RunEvents:
         self._chosen: list[str] = []
         self.released = False
         self._passing = False
+        self._running = False  # may be stale after an interrupt
         self._graphs = (0, 0)  # the episode that the last graphs were recorded in, and how many there are
 
     @property
@@ -48,13 +49,14 @@ class RunEvents:
     def choose(self, name: str) -> Iterator[None]:
         """Put a sub-net on for the length of a block; the one before is back on afterwards."""
         self._check_own()
-        self._chosen.append(name)
-        try:
-            self._parts.activation.put_on(name)
-            yield
-        finally:
-            self._chosen.pop()
-            self._put_chosen_on()
+        with self._step.interrupted():
+            self._chosen.append(name)
+            try:
+                self._parts.activation.put_on(name)
+                yield
+            finally:
+                self._chosen.pop()
+                self._put_chosen_on()
 
     @contextlib.contextmanager
     def at_rest(self) -> Iterator[None]:
@@ -77,6 +79,7 @@ class RunEvents:
                 "gradients, as the default sub-net: the whole model is inside a reentrant checkpoint; pass "
                 "use_reentrant=False, or wrap the module around it"
             )
+        self._running = True
         self._step.mend()
         if self._is_training():
             self._check_sharding()
@@ -84,16 +87,18 @@ class RunEvents:
             self._step.begin()
             self._parts.activation.put_on(self._step.scheduled)
         else:
-            self._passing = self._parts.activation.worn != self._parts.default
+            self._passing = self._passing or self._parts.activation.worn != self._parts.default
             self._parts.activation.put_on(self._parts.default)
 
     def after_forward(self, raised: bool) -> Mark | None:
         """Keep the sub-net on for backward after a training forward; take it off otherwise."""
         activation = self._parts.activation
+        self._running = False
         if self._hands_off():
             return None
         mark = activation.mark() if torch.is_grad_enabled() and not raised else None
-        if raised or self._passing:
+        all_dropped = mark is None and self._graphs == (activation.episode, 0)
+        if raised or self._passing or all_dropped:
             self._passing = False
             activation.take_off()
         if mark is not None:
@@ -126,7 +131,8 @@ class RunEvents:
             return
         self._graphs = passed.episode, self._graphs[1] - 1
         is_on = self._parts.activation.episode == passed.episode and not self._chosen
-        if self._graphs[1] == 0 and is_on and current_backward() == NO_BACKWARD:
+        # Freed in the middle of the next forward, by the garbage collector for example, it is on for that one, too.
+        if self._graphs[1] == 0 and is_on and not self._running and current_backward() == NO_BACKWARD:
             self._parts.activation.take_off()
 
     def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -152,8 +158,8 @@ class RunEvents:
         self._step.finish()
 
     def before_state_access(self) -> None:
-        """Make the model dense, unless the user chose a sub-net to look at."""
-        if not self._chosen:
+        """Make the model dense, unless the user chose a sub-net to look at, or looks from inside its forward."""
+        if not self._chosen and not self._is_inside_forward():
             self._step.rest()
 
     def after_state_access(self) -> None:
@@ -162,8 +168,8 @@ class RunEvents:
             self._step.go_on()
 
     def before_part_access(self) -> None:
-        """Make the model dense; a step in progress has it so."""
-        if not self._chosen:
+        """Make the model dense, but inside its forward; a step in progress has it so."""
+        if not self._chosen and not self._is_inside_forward():
             self._step.settle_unless_stepping()
 
     def after_load(self) -> None:
@@ -178,12 +184,14 @@ class RunEvents:
                 f"a state dict is being loaded inside `with sub_net({self.chosen!r})`, at whose end the earlier "
                 "weights come back; leave the block first"
             )
-        self._step.settle()
+        if not self._is_inside_forward():
+            self._step.settle()
 
     def add_state(self, state_dict: dict[str, Any]) -> None:
         """Put the run's state into the optimizer's state dict."""
         with self.at_rest():
             state_dict[KEY] = self._state.collect()
+        self.after_state_access()
 
     def take_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Take the run's state out of an optimizer's state dict; one without is taken as it is."""
@@ -245,6 +253,11 @@ class RunEvents:
                 "the model was wrapped anew after detach() of this run, and two runs cannot put sub-nets on it; use "
                 "the new run, or save() before detach()"
             )
+
+    def _is_inside_forward(self) -> bool:
+        """Return whether a forward is going on that goes on with the sub-net which is on."""
+        parts = self._parts
+        return parts.activation.worn is not None and (is_running(parts.called) or is_running(parts.model))
 
     def _is_training(self) -> bool:
         return self._parts.model.training and torch.is_grad_enabled()

@@ -36,11 +36,12 @@ class FrozenInactive:
 
     def remember(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
         """Copy weights and state of `parameters` (by name) before the optimizer steps."""
-        for name, parameter in parameters.items():
-            self._weights[name] = local_part(parameter).detach().clone()
-            self._states[name] = {
-                key: value.detach().clone() for key, value in _elementwise_state(parameter, optimizer).items()
-            }
+        self._states = {
+            name: {key: value.detach().clone() for key, value in _elementwise_state(parameter, optimizer).items()}
+            for name, parameter in parameters.items()
+        }
+        # The last thing, and at once: after an interrupt either everything is remembered or nothing.
+        self._weights = {name: local_part(parameter).detach().clone() for name, parameter in parameters.items()}
 
     def restore(
         self, parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
@@ -78,8 +79,8 @@ class FrozenInactive:
 
     def forget(self) -> None:
         """Drop the copies without restoring anything."""
-        self._weights.clear()
-        self._states.clear()
+        self._weights = {}
+        self._states = {}
 
 
 def clear_state_at(parameter: Tensor, where: Tensor, optimizer: torch.optim.Optimizer) -> None:

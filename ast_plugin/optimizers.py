@@ -100,6 +100,12 @@ def refusal_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> str | None
     )
 
 
+def is_idle(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether all learning rates are zero; one on an accelerator would have to be waited for."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return all(rate == 0 for rate in rates if not isinstance(rate, torch.Tensor) or rate.device.type == "cpu")
+
+
 def switches_modes(optimizer: torch.optim.Optimizer) -> bool:
     """Tell whether ``optimizer.train()`` and ``optimizer.eval()`` exchange two sequences of weights."""
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))

@@ -63,25 +63,41 @@ class GradientReference:
         self.sub_net: str | None = None
         self.coming: str | None = None
         self._remembered: dict[Pack, _Remembered] = {}
+        self._earlier: tuple[str | None, str | None, dict[Pack, _Remembered]] | None = None
 
     def serves(self, sub_net: str) -> bool:
         """Return whether gradients of `sub_net` can be corrected: there is another sub-net's, taken for it."""
         return self.sub_net not in (None, sub_net) and self.coming in (None, sub_net)
 
     @torch.no_grad()
-    def take(self, sub_net: str, coming: str | None) -> None:
-        """Make the present gradients of `sub_net` the reference.
+    def take(self, sub_net: str | None, coming: str | None) -> None:
+        """Make the present gradients of `sub_net` the reference, in place of one that is kept until `confirm`.
 
         Args:
-            sub_net: The sub-net whose masked gradients the parameters hold.
+            sub_net: The sub-net whose masked gradients the parameters hold; None: there is to be no reference.
             coming: The sub-net that will be compared with them, if its masks stay as they are until then; None
                 remembers whole gradients.
         """
-        self.forget()
+        self._earlier = self.sub_net, self.coming, self._remembered
+        self._remembered = {}
         self.sub_net, self.coming = sub_net, coming
-        for pack in self._masks.packs:
-            gradients = self._masks.gradients(pack)
-            self._remember(pack, gradients)
+        for pack in self._masks.packs if sub_net is not None else ():
+            self._remember(pack, self._masks.gradients(pack))
+
+    def confirm(self) -> None:
+        """The step is made that the reference was taken in."""
+        self._earlier = None
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether there is nothing to take back."""
+        return self._earlier is None
+
+    def take_back(self) -> None:
+        """Bring the earlier reference back: the step was broken off, and will be compared with it once more."""
+        if self._earlier is not None:
+            self.sub_net, self.coming, self._remembered = self._earlier
+            self._earlier = None
 
     def _remember(self, pack: Pack, gradients: Sequence[Tensor | None]) -> None:
         if all(gradient is None for gradient in gradients):
@@ -111,6 +127,7 @@ class GradientReference:
 
     def forget(self) -> None:
         """Drop the reference."""
+        self._earlier = None
         self._remembered = {}
         self.sub_net = self.coming = None
 

@@ -84,9 +84,10 @@ class RewindableActivation:
 
     def put_on(self, sub_net: str) -> None:
         """Make the model compute as `sub_net`; another one that is on is taken off first."""
-        if self._inner.worn == sub_net and self._resume is None:
+        if self._inner.worn == sub_net and self._resume is None and self._episode != _NONE:
             return
         self.take_off()
+        self._resume = None  # an interrupt may have come after the taking off
         self._notice_writes()
         self._inner.put_on(sub_net)
         self._put_on = self._versions()

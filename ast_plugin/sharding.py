@@ -158,6 +158,19 @@ def add_over_ranks(values: Tensor, layouts: Iterable[Layout | None]) -> Tensor:
     return values
 
 
+def any_on_a_rank(tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout | None]) -> bool:
+    """Return whether anything but zero is in one of the tensors, of sharded ones on any rank.
+
+    Args:
+        tensors: This rank's parts by name.
+        layouts: How they lie on the ranks, by name; None where a rank has all of one.
+    """
+    if all(layout is None for layout in layouts.values()):
+        return any(bool(tensor.any()) for tensor in tensors.values())
+    found = torch.stack([tensor.any() for tensor in tensors.values()])[:, None].float()
+    return bool(add_over_ranks(found, [layouts[name] for name in tensors]).any())
+
+
 class LastSharded:
     """Sharded parameters, also while an FSDP module shows gathered ones in their place.
 

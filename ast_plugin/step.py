@@ -15,9 +15,10 @@ from ast_plugin.correction import correct as correct_parts
 from ast_plugin.distributed import average_over_ranks, check_same_on_all_ranks
 from ast_plugin.errors import ActivationError, PluginError
 from ast_plugin.inactive import clear_state_at
+from ast_plugin.optimizers import is_idle
 from ast_plugin.parts import RunParts
 from ast_plugin.reference import ComparedGradients, correct_pairs, correct_whole
-from ast_plugin.sharding import Gathered, add_over_ranks
+from ast_plugin.sharding import Gathered, add_over_ranks, any_on_a_rank
 from ast_plugin.updates import MaskUpdate
 
 
@@ -41,7 +42,7 @@ class TrainingStep:
         self._begun = False
         self._counts = False
         self._carrying = False
-        self._resting = False
+        self._resting = 0  # how many times a step in progress was interrupted, one within the other
         self._correction: Correction | None = None
         self._agreed = False
         self._updated = False  # a step that is made again after it was broken off must not regrow twice
@@ -148,6 +149,8 @@ class TrainingStep:
             # The optimizer was broken off: what it has moved outside the mask goes back.
             parts.inactive.restore(parts.parameters, parts.local_masks.of(self.scheduled), parts.optimizer)
         self._restore_rest()
+        if not parts.reference.is_confirmed and not is_stepping(parts.optimizer):
+            parts.reference.take_back()
 
     def settle_unless_stepping(self) -> None:
         """Come to rest, unless the optimizer is at work: weights are dense then."""
@@ -163,19 +166,26 @@ class TrainingStep:
         finally:
             self.go_on()
 
+    @contextlib.contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """Have BatchNorm where it is at rest for a moment in the middle of a step; without effect at other times."""
+        with self.at_rest() if self._carrying else contextlib.nullcontext():
+            yield
+
     def rest(self) -> None:
         """Come to rest; a step in progress is only interrupted, for `go_on`."""
         self.settle_unless_stepping()
         if self._carrying:
-            self._resting = True
+            self._resting += 1
             self._parts.activation.take_off()
             self._parts.normalization.take_back(self._parts.optimizer)
 
     def go_on(self) -> None:
         """Give a step in progress the sub-net's BatchNorm state again."""
         if self._resting:
-            self._resting = False
-            self._parts.normalization.hand_over(self._parts.optimizer, self.scheduled)
+            self._resting -= 1
+            if not self._resting:
+                self._parts.normalization.hand_over(self._parts.optimizer, self.scheduled)
 
     def mend(self) -> None:
         """Bring things to rest if an earlier optimizer step raised halfway; cheap when none did."""
@@ -192,6 +202,7 @@ class TrainingStep:
     def _reset(self) -> None:
         self._begun = self._counts = self._updated = False
         self._correction = self._update = None
+        self._parts.reference.confirm()
         self._parts.gradients.end()
 
     def _happens(self) -> bool:
@@ -202,7 +213,8 @@ class TrainingStep:
         gradients = {name: p.grad for name, p in self._parts.local.items() if p.grad is not None}
         if not gradients:
             return False
-        if (self._is_idle() or not self._begun) and not self._any_on_a_rank(gradients):
+        unsure = not self._begun or is_idle(self._parts.optimizer)
+        if unsure and not any_on_a_rank(gradients, self._parts.layouts):
             return False  # torch.distributed.checkpoint steps once without any effect, to have the state created
         if not self._begun:
             raise ActivationError(
@@ -211,18 +223,6 @@ class TrainingStep:
                 "a module around it), after model.train()"
             )
         return True
-
-    def _any_on_a_rank(self, gradients: Mapping[str, torch.Tensor]) -> bool:
-        """Return whether anything but zero is among the gradients, of sharded parameters on any rank."""
-        if not self._parts.sharded:
-            return any(bool(gradient.any()) for gradient in gradients.values())
-        found = torch.stack([gradient.any() for gradient in gradients.values()])[:, None].float()
-        return bool(add_over_ranks(found, [self._parts.layouts[name] for name in gradients]).any())
-
-    def _is_idle(self) -> bool:
-        """Return whether all learning rates are zero; one on an accelerator would have to be waited for."""
-        rates = [group.get("lr") for group in self._parts.optimizer.param_groups]
-        return all(rate == 0 for rate in rates if not isinstance(rate, torch.Tensor) or rate.device.type == "cpu")
 
     def _agree(self) -> None:
         """Notice, at the first step of a run or of its continuation, ranks that started from different masks."""
@@ -281,13 +281,12 @@ class TrainingStep:
         if options.scope == "off" or len(parts.names) == 1:
             return
         alternation, reference = parts.alternation, parts.reference
+        reference.take_back()
         pairs: list[ComparedGradients] = []
         if reference.serves(name) and (options.first_step or not alternation.is_group_start(self.number)):
             pairs = reference.pairs(name)
-        if options.first_step or not alternation.is_group_start(self.number + 1):
-            reference.take(name, self._coming())
-        else:
-            reference.forget()
+        ahead = options.first_step or not alternation.is_group_start(self.number + 1)
+        reference.take(name if ahead else None, self._coming() if ahead else None)
         if parts.sharded and pairs:
             self._correction = correct_pairs(pairs, self._correct_parts)
         elif pairs:
@@ -325,9 +324,9 @@ class TrainingStep:
     def _hand_over(self) -> None:
         """Give the optimizer the sub-net's own BatchNorm state, and remember what it must not move."""
         parts, name = self._parts, self.scheduled
+        self._carrying = True  # first: an interrupt anywhere in here is to be mended
         if parts.inactive is not None and parts.inactive.empty:
             parts.inactive.remember(parts.parameters, parts.optimizer)
-        self._carrying = True
         parts.normalization.hand_over(parts.optimizer, name)
 
     def _restore_rest(self) -> None:
@@ -335,6 +334,7 @@ class TrainingStep:
         if self._carrying:
             self._parts.normalization.take_back(self._parts.optimizer)
             self._carrying = False
+            self._resting = 0
 
     def _complete_masks(self) -> None:
         """Bring sub-nets that were never trained after the schedule's end to their target all the same."""
