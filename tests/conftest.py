@@ -6,11 +6,15 @@ import ast
 import random
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import numpy
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from timm_runs import Runs
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,3 +58,11 @@ def fixed_seeds() -> None:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def timm_runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Runs of timm's training scripts, shared by all tests; needs the extra `timm`."""
+    from timm_runs import Runs
+
+    return Runs(tmp_path_factory.mktemp("timm"))

@@ -47,6 +47,8 @@ class RunAverage:
         self.twin: Twin = ast.twin(self.network)
         if state is not None:
             self.twin.load_state_dict(state)
+        else:
+            self.twin.update()  # a first update takes the present state over; timm's average was a copy before its own
         update = holder.update
 
         @functools.wraps(update)

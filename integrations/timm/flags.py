@@ -107,7 +107,9 @@ def settings_of(args: argparse.Namespace) -> Settings | None:
             ``--ast-sparsities``.
     """
     given = {
-        name: value for name, value in vars(args).items() if name.startswith(_PREFIX) and value not in (None, False)
+        name: value
+        for name, value in vars(args).items()
+        if name.startswith(_PREFIX) and value is not None and value is not False  # 0 is a value
     }
     for name in given:
         if name not in (*_OPTIONS, "ast_config", "ast_no_report"):
@@ -171,7 +173,7 @@ def _from_file(path: str) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"--ast-config {path}: cannot be read: {error.strerror}; check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--ast-config {path}: neither YAML nor JSON: {error}") from error
+        raise ConfigError(f"--ast-config {path}: neither YAML nor JSON: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"--ast-config {path}: must hold settings by name, such as 'sparsities: [0.9, 0.95]'")
     known = {field.name for field in dataclasses.fields(ASTConfig)}

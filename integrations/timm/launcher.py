@@ -6,6 +6,7 @@ The script is imported as a module, its functions are wrapped, and its ``main`` 
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import os
 import sys
@@ -78,12 +79,24 @@ def _launch(path: str, arguments: Sequence[str]) -> None:
 
 def _imported(script: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(_NAME, script)
-    if spec is None or spec.loader is None:
+    if spec is None or not isinstance(spec.loader, importlib.machinery.SourceFileLoader):
         raise ConfigError(f"{script} is no Python script; give ast-timm the path of timm's train.py")
+    try:
+        spec.loader.get_code(_NAME)
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"{script} is no Python script: {error}; give ast-timm the path of timm's train.py") from error
     module = importlib.util.module_from_spec(spec)
     # Worker processes look for what they are sent under this name.
     sys.modules[_NAME] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        from ast_plugin.integrations.timm.seams import timm_version
+
+        raise ConfigError(
+            f"{script} cannot be imported: {error}; install what it needs, and the version of timm that it is of "
+            f"(timm {timm_version()} is here)"
+        ) from error
     return module
 
 

@@ -9,6 +9,7 @@ import argparse
 import functools
 import importlib.metadata
 import inspect
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -128,7 +129,7 @@ class Script:
 
     def _explain(self, what: str) -> str:
         return (
-            f"{self._module.__file__} {what}, so sub-nets cannot be trained with it (timm {_timm_version()}); give "
+            f"{self._module.__file__} {what}, so sub-nets cannot be trained with it (timm {timm_version()}); give "
             "ast-timm a train.py of timm 1.0.15 or newer, or call ast_plugin.integrations.timm.wrap in your own loop"
         )
 
@@ -140,8 +141,9 @@ def _average_of(task: Any) -> nn.Module | None:
     return average
 
 
-def _timm_version() -> str:
+def timm_version() -> str:
+    """Return the version of timm: of the installed one, or of that beside the script."""
     try:
         return importlib.metadata.version("timm")
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return str(getattr(sys.modules.get("timm"), "__version__", "not installed"))

@@ -32,7 +32,7 @@ from ast_plugin.integrations.timm.cpu_ddp import data_parallel_on_cpu
 from ast_plugin.integrations.timm.flags import settings_of
 from ast_plugin.integrations.timm.run import TimmRun
 from ast_plugin.integrations.timm.state import explained
-from ast_plugin.integrations.timm.train_arguments import build_parser
+from ast_plugin.integrations.timm.train_arguments import build_parser, read_defaults
 from ast_plugin.integrations.timm.train_parts import build_loaders, build_task, output_folder, scaled_rate
 
 _logger = logging.getLogger("train")
@@ -43,8 +43,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
     parser = build_parser()
     config = parser.parse_known_args(arguments)[0].config
     if config:
-        with open(config, encoding="utf-8") as file:
-            parser.set_defaults(**yaml.safe_load(file))
+        read_defaults(parser, config)
     args = parser.parse_args(arguments)
     args.data_dir = args.data_dir or args.data
     return args, yaml.safe_dump(vars(args), default_flow_style=False)

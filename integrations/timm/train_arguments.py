@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import logging
+from pathlib import Path
 from typing import Any
 
+import yaml
 from timm.utils import ParseKwargs
 
 from ast_plugin.integrations.timm.flags import add_flags
+
+_logger = logging.getLogger("train")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,6 +31,27 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(parser.add_argument_group("Run"))
     add_flags(parser)
     return parser
+
+
+def read_defaults(parser: argparse.ArgumentParser, path: str) -> None:
+    """Take defaults from a YAML file with arguments by name; unknown names are passed over with a warning.
+
+    Args:
+        parser: The parser, whose defaults are set.
+        path: The file; one that cannot be read ends the program as other mistakes on the command line do.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).replace("\n", " ")
+        parser.error(f"--config {path}: cannot be read: {reason}")
+    if not isinstance(values, dict):
+        parser.error(f"--config {path}: must hold arguments by name, such as 'epochs: 10'")
+    known = vars(parser.parse_args([]))
+    unknown = [name for name in values if name not in known and not str(name).startswith("ast_")]
+    if unknown:
+        _logger.warning(f"--config {path}: {', '.join(map(str, unknown))} passed over, as no argument has this name.")
+    parser.set_defaults(**{str(name): value for name, value in values.items() if name not in unknown})
 
 
 def _add_data(group: Any) -> None:

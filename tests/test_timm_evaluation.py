@@ -1,0 +1,50 @@
+"""Names of metrics: which sub-net ``--eval-metric`` means, and how every sub-net's figures stand side by side."""
+
+from __future__ import annotations
+
+import pytest
+
+from ast_plugin.errors import ConfigError
+from ast_plugin.integrations.timm.evaluation import merged, metric_name, split_metric
+
+pytestmark = pytest.mark.extra("timm")
+
+SUB_NETS = ("s50", "s95", "s95.5", "2:4")
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("top1", (None, "top1")),
+        ("loss", (None, "loss")),
+        ("s95_top1", ("s95", "top1")),
+        ("s95.5_loss", ("s95.5", "loss")),
+        ("2:4_top5", ("2:4", "top5")),
+        ("s50_map", ("s50", "map")),
+        ("macro_f1", (None, "macro_f1")),  # of a script's own; whether it exists is for the script to say
+    ],
+)
+def test_a_metric_is_split_into_sub_net_and_name(metric: str, expected: tuple[str | None, str]) -> None:
+    assert split_metric(metric, SUB_NETS) == expected
+
+
+@pytest.mark.parametrize("metric", ["s90_top1", "s9_loss", "dense_top5"])
+def test_a_metric_of_no_sub_net_is_refused(metric: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        split_metric(metric, SUB_NETS)
+    assert f"--eval-metric {metric}: there is no sub-net '{metric.rpartition('_')[0]}'" in str(error.value)
+    assert metric_name("s50", metric.rpartition("_")[2]) in str(error.value)
+
+
+def test_figures_of_one_sub_net_come_first_and_then_those_of_all() -> None:
+    found = {"s50": {"loss": 1.0, "top1": 50.0}, "s80": {"loss": 2.0, "top1": 40.0}}
+    metrics = merged("s80", found)
+    assert list(metrics.items()) == [
+        ("loss", 2.0),
+        ("top1", 40.0),
+        ("s50_loss", 1.0),
+        ("s50_top1", 50.0),
+        ("s80_loss", 2.0),
+        ("s80_top1", 40.0),
+    ]
+    assert found["s80"] == {"loss": 2.0, "top1": 40.0}
