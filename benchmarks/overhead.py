@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="counted steps of every contender (default: 24; quick: 6)")
     parser.add_argument("--repeats", type=int, help="counted mask updates (default: 5; quick: 1)")
-    parser.add_argument("--run-steps", type=int, help="steps of a whole run (default: 1500; quick: 60)")
+    parser.add_argument("--run-steps", type=int, help="steps of a whole run (default: 1000; quick: 60)")
     parser.add_argument("--short-run-steps", type=int, help="steps of a short one beside it (default: 300; quick: 30)")
     parser.add_argument("--run-batch", type=int, help="batch size of both (default: 32; quick: as for steps)")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK")
@@ -115,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, full, quick in (
         ("rounds", 24, 6),
         ("repeats", 5, 1),
-        ("run_steps", 1500, 60),
+        ("run_steps", 1000, 60),
+        ("run_batch", 32, None),
         ("short_run_steps", 300, 30),
     ):
         if getattr(args, name) is None:

@@ -45,7 +45,14 @@ def test_other_devices_are_handed_on(given: list[Any]) -> None:
 
 def test_the_class_is_as_before_also_after_an_error(given: list[Any]) -> None:
     before = DistributedDataParallel.__init__
-    with pytest.raises(KeyError), data_parallel_on_cpu():
-        assert DistributedDataParallel.__init__ is not before
-        raise KeyError
+    inside = []
+
+    def broken() -> None:
+        with data_parallel_on_cpu():
+            inside.append(DistributedDataParallel.__init__)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        broken()
+    assert inside[0] is not before
     assert DistributedDataParallel.__init__ is before

@@ -37,7 +37,9 @@ def test_without_flags_the_script_runs_as_it_is(script: str, flags: tuple[str, .
     alone = timm_runs.unmodified(SCRIPTS[script], *flags)
     run = timm_runs.once(launcher.main, *flags, script=SCRIPTS[script])
     assert (run.folder / "summary.csv").read_bytes() == (alone.folder / "summary.csv").read_bytes()
-    assert run.arguments == alone.arguments.replace(f"experiment: '{alone.folder.name}'", f"experiment: '{run.folder.name}'")
+    assert run.arguments == alone.arguments.replace(
+        f"experiment: '{alone.folder.name}'", f"experiment: '{run.folder.name}'"
+    )
     assert {path.name for path in run.folder.iterdir()} == {path.name for path in alone.folder.iterdir()}
     for name in ("last", "model_best", "checkpoint-0"):
         launched, unmodified = run.checkpoint(name), alone.checkpoint(name)
@@ -210,7 +212,10 @@ def test_a_parser_that_is_none_is_named(timm_runs: Runs, tmp_path: Path) -> None
 
 
 def test_a_script_that_is_not_there(timm_runs: Runs, tmp_path: Path) -> None:
-    for path, said in ((tmp_path / "train.py", "there is no training script"), (tmp_path, "there is no training script")):
+    for path, said in (
+        (tmp_path / "train.py", "there is no training script"),
+        (tmp_path, "there is no training script"),
+    ):
         assert f"{said} {path}" in said_of(timm_runs.attempt(launcher.main, *SPARSE, script=path))
     text = tmp_path / "notes.txt"
     text.write_text("notes")

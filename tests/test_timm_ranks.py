@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,21 +25,36 @@ RUNS = {
 }
 
 
+def free_ports(number: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in sockets]
+
+
 @pytest.fixture(scope="module")
 def ranks(timm_runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """Folder of the output, and what each of two ranks found; all runs in one launch, because one costs seconds."""
     folder = tmp_path_factory.mktemp("ranks")
     common = ["--data-dir", str(timm_runs.pictures), *COMMON, "-b", str(BATCH // 2), "--output", str(folder), *SPARSE]
     lines = [
-        [str(script) if script else "", [*common, "--experiment", name, *flags]]
-        for name, (script, flags) in RUNS.items()
+        [str(script) if script else "", [*common, "--experiment", name, *flags], port]
+        for (name, (script, flags)), port in zip(RUNS.items(), free_ports(len(RUNS)), strict=True)
     ]
     (folder / "runs.json").write_text(json.dumps(lines))
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(HERE / "timm_ranks.py"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, cwd=HERE.parent)
-    assert done.returncode == 0, done.stderr[-6000:]
-    (folder / "stderr").write_text(done.stderr)
+    errors = folder / "stderr"
+    with errors.open("w") as file:
+        # A group of its own: a launch that hangs is ended with the ranks that it has started.
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=HERE.parent, start_new_session=True)
+        try:
+            code = process.wait(timeout=150)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+    assert code == 0, errors.read_text()[-6000:]
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 

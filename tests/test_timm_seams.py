@@ -112,7 +112,13 @@ def test_arguments_by_name_or_place_are_the_same() -> None:
     args, _ = module._parse_args()
     model = network()
     module.train_one_epoch(
-        epoch=1, model=model, loader=Loader(), optimizer=sgd(model), args=args, task=task_of(model), num_updates_total=15
+        epoch=1,
+        model=model,
+        loader=Loader(),
+        optimizer=sgd(model),
+        args=args,
+        task=task_of(model),
+        num_updates_total=15,
     )
     assert wrapped.run is not None
     assert wrapped.run.ast is not None

@@ -27,7 +27,9 @@ def arguments(**values: Any) -> argparse.Namespace:
     return argparse.Namespace(**{**given, **values})
 
 
-def timm_run(sparsities: tuple[float, ...] = (0.5, 0.8), args: argparse.Namespace | None = None, **options: Any) -> TimmRun:
+def timm_run(
+    sparsities: tuple[float, ...] = (0.5, 0.8), args: argparse.Namespace | None = None, **options: Any
+) -> TimmRun:
     settings = Settings(options={"sparsities": list(sparsities), **options}, report=False)
     return TimmRun(settings, arguments() if args is None else args)
 

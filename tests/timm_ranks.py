@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def held(run: TimmRun) -> dict[str, dict[str, list[float]]]:
 def main(folder: Path) -> None:
     """Run the command lines of ``folder/runs.json``; a rank's findings go to ``rank0.json`` and so on."""
     torch.set_num_threads(1)
-    rank = int(__import__("os").environ["RANK"])
+    rank = int(os.environ["RANK"])
     finish, found = TimmRun.finish, []
 
     def finished(run: TimmRun) -> list[Path]:
@@ -44,7 +45,9 @@ def main(folder: Path) -> None:
 
     TimmRun.finish = finished  # type: ignore[method-assign]
     codes = []
-    for script, arguments in json.loads((folder / "runs.json").read_text()):
+    for script, arguments, port in json.loads((folder / "runs.json").read_text()):
+        # A second process group in one process wants a store without the keys of the first.
+        os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=str(port))
         codes.append(launcher.main([script, *arguments]) if script else train.main(arguments))
     (folder / f"rank{rank}.json").write_text(json.dumps({"codes": codes, "runs": found}))
 

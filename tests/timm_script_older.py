@@ -40,6 +40,8 @@ def main():
     loader_train, loader_eval = make_loaders(args, model, device)
     if args.torchcompile:
         model = torch.compile(model, backend=args.torchcompile)
+        if model_ema is not None:
+            model_ema = torch.compile(model_ema, backend=args.torchcompile)
     output_dir = make_output(args, args_text)
     saver = utils.CheckpointSaver(
         model=model,
@@ -97,7 +99,7 @@ def train_one_epoch(
     optimizer,
     loss_fn,
     args,
-    device=torch.device("cuda"),
+    device=None,
     lr_scheduler=None,
     saver=None,
     output_dir=None,

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ast_plugin.distributed import average_over_ranks, ranks
 from ast_plugin.errors import ConfigError
 from ast_plugin.integrations.timm.networks import network_in
 from ast_plugin.slots import bare_model
@@ -43,12 +44,11 @@ class RunAverage:
                 f"--model-ema: a {type(holder).__name__} has no update() and decay as the averages of timm have; "
                 "train without it"
             )
+        self._ast = ast
         self.network = network_in(holder)
         self.twin: Twin = ast.twin(self.network)
         if state is not None:
             self.twin.load_state_dict(state)
-        else:
-            self.twin.update()  # a first update takes the present state over; timm's average was a copy before its own
         update = holder.update
 
         @functools.wraps(update)
@@ -63,6 +63,25 @@ class RunAverage:
     def sub_net(self, name: str) -> AbstractContextManager[nn.Module]:
         """Put a sub-net on the average for the length of a ``with`` block."""
         return self.twin.sub_net(name)
+
+    def synchronize(self) -> None:
+        """Average the running statistics that are kept here over all ranks, as scripts do with the average's own.
+
+        A collective; does nothing in a single process.
+        """
+        if ranks(self._ast.model) == 1:
+            return
+        state = self.twin.state_dict()
+        for name, tensors in state["private"].items():
+            present = self._ast.private_state(name)  # on the device that ranks talk with; the average may be elsewhere
+            statistics = {
+                key: tensor.to(present[key].device, copy=True)
+                for key, tensor in tensors.items()
+                if key.endswith(("running_mean", "running_var"))
+            }
+            average_over_ranks(statistics, like=dict(statistics), model=self._ast.model)
+            tensors.update(statistics)
+        self.twin.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is averaged here, as tensors and plain containers."""

@@ -84,7 +84,9 @@ def _imported(script: Path) -> ModuleType:
     try:
         spec.loader.get_code(_NAME)
     except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"{script} is no Python script: {error}; give ast-timm the path of timm's train.py") from error
+        raise ConfigError(
+            f"{script} is no Python script: {error}; give ast-timm the path of timm's train.py"
+        ) from error
     module = importlib.util.module_from_spec(spec)
     # Worker processes look for what they are sent under this name.
     sys.modules[_NAME] = module

@@ -196,6 +196,8 @@ class TimmRun:
         self._epochs_left -= 1
         if self.ast is not None and getattr(self.args, "dist_bn", "") in ("reduce", "broadcast"):
             self.ast.synchronize_normalization()
+            if self._average is not None:
+                self._average.synchronize()
         return metrics
 
     def validate(self, validate: Validate, model: nn.Module, *args: Any, **options: Any) -> Mapping[str, float]:

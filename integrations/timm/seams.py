@@ -105,6 +105,7 @@ class Script:
                 raise SeamError(self._explain(f"calls train_one_epoch() without {', '.join(missing)}"))
             accumulated = max(1, int(getattr(run.args, "grad_accum_steps", 1)))
             task = given.get("task")
+            average = given.get("model_ema")
             run.begin(
                 given["model"],
                 given["optimizer"],
@@ -112,7 +113,7 @@ class Script:
                 steps_per_epoch=(len(given["loader"]) + accumulated - 1) // accumulated,
                 epoch=int(given["epoch"]),
                 task=task,
-                average=given.get("model_ema") or _average_of(task),
+                average=_average_of(task) if average is None else average,
                 saver=given.get("saver"),
                 output_dir=given.get("output_dir"),
             )
