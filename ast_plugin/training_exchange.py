@@ -50,6 +50,26 @@ def with_fixed_entries(state: Mapping[str, Any], sharded: Mapping[str, Tensor] |
     return {**fixed, _REST: buffer.getvalue()}
 
 
+def without_optimizer_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a state without what an optimizer knew of private BatchNorm, for an optimizer that starts anew.
+
+    Args:
+        state: Of either form, with fixed entries or plain ones.
+
+    Returns:
+        The state with plain entries; one that is damaged as it is, because loading it says what is wrong.
+
+    Raises:
+        StateError: If its bytes cannot be read.
+    """
+    plain = with_plain_entries(state)
+    normalization = plain.get("normalization") if isinstance(plain, Mapping) else None
+    entries = normalization.get("optimizer") if isinstance(normalization, Mapping) else None
+    if not isinstance(normalization, Mapping) or not isinstance(entries, Mapping):
+        return plain
+    return {**plain, "normalization": {**normalization, "optimizer": {name: {} for name in entries}}}
+
+
 def with_plain_entries(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what `with_fixed_entries` was given; a state without ``rest`` is returned as it is.
 

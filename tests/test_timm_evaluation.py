@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ast_plugin.errors import ConfigError
-from ast_plugin.integrations.timm.evaluation import merged, metric_name, split_metric
+from ast_plugin.integrations.timm.evaluation import OWN, check_metric, merged, metric_name, split_metric
 
 pytestmark = pytest.mark.extra("timm")
 
@@ -48,3 +48,9 @@ def test_figures_of_one_sub_net_come_first_and_then_those_of_all() -> None:
         ("s80_top1", 40.0),
     ]
     assert found["s80"] == {"loss": 2.0, "top1": 40.0}
+
+
+def test_a_metric_that_is_not_measured_is_refused() -> None:
+    check_metric("top5", OWN)
+    with pytest.raises(ConfigError, match="--eval-metric: validation measures no 'top'; did you mean 'top5'"):
+        check_metric("top", OWN)

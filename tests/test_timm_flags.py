@@ -182,3 +182,38 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="neither YAML nor JSON"):
         settings_of(parse("--ast-config", str(file)))
+
+
+def test_the_word_off_is_no_missing_value(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("sparsities: [0.5]\ncorrection: off\n")  # YAML reads false
+    for found in (settings(**yaml.safe_load("{ast_sparsities: [0.5], ast_correction: off}")), settings_with(file)):
+        assert found.config(total_steps=1, steps_per_epoch=1).correction == "off"
+
+
+@pytest.mark.parametrize(
+    ("defaults", "said"),
+    [
+        ("{ast_sparsities: [0.5, 2:4]}", "--ast-sparsities: got 124; YAML reads 2:4 as this number"),
+        ("{ast_sparsities: [0.5], ast_pattern: 1:4}", "--ast-pattern: got 64; YAML reads 1:4 as this number"),
+        ("{ast_sparsities: false}", "sparsities must hold fractions"),
+        ("{ast_sparsities: [0.5], ast_method: false}", "method must be a name, got False"),
+        ("{ast_sparsities: [0.5], ast_no_report: 'no'}", "ast_no_report in the configuration file must be true or"),
+        ("{ast_config: 3}", "--ast-config must be the path of a file, got 3"),
+    ],
+)
+def test_values_of_another_kind_in_a_yaml_file_are_refused(defaults: str, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        settings_of(parse(**yaml.safe_load(defaults)))
+    assert said in str(error.value)
+
+
+def test_a_pattern_without_quotes_in_a_file_is_explained(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("sparsities: [0.5]\npattern: 2:4\n")
+    with pytest.raises(ConfigError, match="pattern: got 124; YAML reads 2:4 as this number, so write N:M in quotes"):
+        settings_with(file)
+
+
+def settings_with(file: Path) -> Settings:
+    return settings("--ast-config", str(file))

@@ -161,9 +161,10 @@ def test_help_without_a_script_is_that_of_the_command() -> None:
 
 
 def test_the_interpreter_is_left_as_it_was(timm_runs: Runs) -> None:
-    before = list(sys.argv), list(sys.path)
+    before = list(sys.argv), list(sys.path), set(sys.modules)
     timm_runs.launched(NEWEST)
-    assert (list(sys.argv), list(sys.path)) == before
+    assert (list(sys.argv), list(sys.path)) == before[:2]
+    assert not [name for name in set(sys.modules) - before[2] if "train_script" in name]
 
 
 @pytest.mark.slow

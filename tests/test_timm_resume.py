@@ -255,3 +255,15 @@ def test_another_choice_of_weights_is_named(timm_runs: Runs) -> None:
     line = refused(timm_runs, "newest", *SPARSE, "--ast-exclude", "layer1.*", "--resume", checkpoint)
     assert "the saved state belongs to other prunable parameters" in line
     assert "layer1.0.conv1.weight" in line
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_another_optimizer_goes_on_without_the_state_of_the_first(script: str, timm_runs: Runs) -> None:
+    whole = run_of(timm_runs, script)
+    flags = ("--resume", first_checkpoint(whole), "--no-resume-opt", "--opt", "adamw", "--lr", "0.001")
+    resumed = run_of(timm_runs, script, *flags)
+    assert [row["epoch"] for row in resumed.rows] == ["1"]
+    assert resumed.summary["steps"] == STEPS
+    (state,) = resumed.state()["normalization"]["optimizer"].values()
+    assert all(set(entry) == {"step", "exp_avg", "exp_avg_sq"} for entry in state.values())
+    assert state

@@ -262,3 +262,17 @@ def test_networks_without_private_state_train_too() -> None:
         step(task, optimizer, number)
     metrics = run.validate(mean_output, model)
     assert metrics["s50_loss"] != metrics["s80_loss"]
+
+
+def test_a_metric_that_validation_does_not_return_is_refused() -> None:
+    run = timm_run(args=arguments(eval_metric="s80_acc"))
+    model, *_ = begun(run)
+    with pytest.raises(ConfigError, match="--eval-metric: validation measures no 'acc'"):
+        run.validate(mean_output, model)
+
+
+def test_a_script_without_a_metric_of_its_own_keeps_it_so() -> None:
+    run = timm_run(args=arguments(eval_metric=None))
+    model, *_ = begun(run)
+    assert run.args.eval_metric is None
+    assert "s80_top1" in run.validate(mean_output, model)

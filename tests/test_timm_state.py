@@ -118,3 +118,10 @@ def test_other_errors_pass(tmp_path: Path) -> None:
     torch.save({}, path)
     with pytest.raises(KeyError), explained(path, argparse.Namespace()):
         raise KeyError("x")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_checkpoint_in_the_format_before_zip_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.pth.tar"
+    torch.save({"epoch": 3, "weight": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    assert read_checkpoint(path)["epoch"] == 3

@@ -211,6 +211,15 @@ BAD = {
     "second order": (("--opt", "adahessian"), "second derivatives"),
     "checkpoint": (("--resume", "nowhere.pth.tar"), "--resume nowhere.pth.tar: there is no such file"),
     "arguments": (("-c", "nowhere.yaml"), "nowhere.yaml"),
+    "metric": (("--eval-metric", "s80_acc"), "validation measures no 'acc'"),
+    "model": (("--model", "resnet1"), "--model resnet1: timm has no such model"),
+    "optimizer": (("--opt", "adamv"), "--opt adamv: timm has no such optimizer"),
+    "folder": (("--data-dir", "nowhere"), "--data-dir nowhere: there is no such folder"),
+    "split": (("--val-split", ""), "--val-split must name a split"),
+    "epochs": (("--epochs", "0"), "--epochs must be at least 1, got 0"),
+    "weights": (("--initial-checkpoint", "nowhere.pth"), "--initial-checkpoint nowhere.pth: there is no such file"),
+    "device": (("--device", "gpu"), "--device gpu: PyTorch knows no such device"),
+    "output": (("--output", "/dev/null"), "--output /dev/null: cannot be written"),
 }
 
 
@@ -234,9 +243,10 @@ def test_other_flags_want_sparsities(timm_runs: Runs) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_device_that_is_not_there_is_said_at_once(timm_runs: Runs) -> None:
-    run = timm_runs.attempt(train.main, *SPARSE, "--device", "cuda")
-    assert run.code == 2
-    assert run.err.splitlines()[-1].startswith("train: error: --device cuda: this PyTorch sees no CUDA device")
+    for flags in (SPARSE, ()):
+        run = timm_runs.attempt(train.main, *flags, "--device", "cuda")
+        assert run.code == 2
+        assert run.err.splitlines()[-1].startswith("train: error: --device cuda: this PyTorch sees no CUDA device")
 
 
 def test_a_metric_named_by_its_sub_net_chooses_the_best(timm_runs: Runs) -> None:

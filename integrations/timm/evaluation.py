@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ast_plugin.errors import ConfigError, near_names
 
-_OWN = ("loss", "top1", "top5")  # what timm's validate returns
+OWN = ("loss", "top1", "top5")  # what timm's validate returns
 
 
 def metric_name(sub_net: str, name: str) -> str:
@@ -29,10 +29,24 @@ def split_metric(metric: str, sub_nets: Sequence[str]) -> tuple[str | None, str]
         if metric.startswith(metric_name(sub_net, "")):
             return sub_net, metric.removeprefix(metric_name(sub_net, ""))
     sub_net, _, name = metric.rpartition("_")
-    if sub_net and name in _OWN:
+    if sub_net and name in OWN:
         known = [metric_name(known, name) for known in sub_nets]
         raise ConfigError(f"--eval-metric {metric}: there is no sub-net {sub_net!r}; {near_names(metric, known)}")
     return None, metric
+
+
+def check_metric(metric: str, measured: Collection[str]) -> None:
+    """Refuse a metric that the script does not measure, which it would look for at the end of an epoch.
+
+    Args:
+        metric: What ``--eval-metric`` names, without a sub-net.
+        measured: Names of what validation measures.
+
+    Raises:
+        ConfigError: If it is not among them.
+    """
+    if metric not in measured:
+        raise ConfigError(f"--eval-metric: validation measures no {metric!r}; {near_names(metric, measured)}")
 
 
 def merged(headline: str, by_sub_net: Mapping[str, Mapping[str, float]]) -> OrderedDict[str, float]:

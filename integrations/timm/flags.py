@@ -106,20 +106,21 @@ def settings_of(args: argparse.Namespace) -> Settings | None:
         ConfigError: If a value is out of range, an unknown setting stands in the file, or flags are given without
             ``--ast-sparsities``.
     """
-    given = {
-        name: value
-        for name, value in vars(args).items()
-        if name.startswith(_PREFIX) and value is not None and value is not False  # 0 is a value
-    }
+    given = {name: value for name, value in vars(args).items() if name.startswith(_PREFIX) and value is not None}
     for name in given:
         if name not in (*_OPTIONS, "ast_config", "ast_no_report"):
             raise ConfigError(f"{name} in the configuration file is no flag: {near_names(name, _OPTIONS)}")
+    if not isinstance(given.get("ast_no_report", False), bool):
+        raise ConfigError(f"ast_no_report in the configuration file must be true or false, got {args.ast_no_report!r}")
+    if given.get("ast_no_report") is False:
+        del given["ast_no_report"]
     if not given:
         return None
     options = _from_file(given["ast_config"]) if "ast_config" in given else {}
     for name, option in _OPTIONS.items():
         if name in given:
-            value = given[name]
+            value = _read_word(given[name]) if option == "correction" else given[name]
+            _check_colon(_flag(name), option, value)
             options[option] = [value] if option in _LISTS and not isinstance(value, (list, tuple)) else value
     if "sparsities" not in options:
         raise ConfigError(
@@ -160,6 +161,22 @@ def _read_number(value: Any) -> Any:
     return _number_or_text(value) if isinstance(value, str) else value
 
 
+def _read_word(value: Any) -> Any:
+    """Return the word ``off``, which YAML reads as false."""
+    return "off" if value is False else value
+
+
+def _check_colon(place: str, option: str, value: Any) -> None:
+    """Refuse an N:M that YAML has read as a number to the base 60."""
+    values = value if option == "sparsities" and isinstance(value, (list, tuple)) else [value]
+    least = {"pattern": 60, "sparsities": 101}.get(option)  # smaller ones may be meant as percentages
+    for number in values:
+        if least is not None and isinstance(number, int) and number >= least:
+            raise ConfigError(
+                f"{place}: got {number}; YAML reads {number // 60}:{number % 60} as this number, so write N:M in quotes"
+            )
+
+
 def _seed(args: argparse.Namespace) -> int:
     seed = getattr(args, "seed", 0)
     return seed if isinstance(seed, int) and 0 <= seed < _SEEDS else 0
@@ -168,6 +185,8 @@ def _seed(args: argparse.Namespace) -> int:
 def _from_file(path: str) -> dict[str, Any]:
     import yaml  # timm itself needs it
 
+    if not isinstance(path, str):
+        raise ConfigError(f"--ast-config must be the path of a file, got {path!r}")
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -180,4 +199,7 @@ def _from_file(path: str) -> dict[str, Any]:
     for name in values:
         if name not in known:
             raise ConfigError(f"--ast-config {path}: unknown setting {name!r}: {near_names(str(name), known)}")
+        _check_colon(f"--ast-config {path}: {name}", name, values[name])
+    if "correction" in values:
+        values["correction"] = _read_word(values["correction"])
     return {name: value for name, value in values.items() if name not in _OF_THE_SCRIPT and value is not None}

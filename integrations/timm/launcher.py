@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     finally:
         sys.argv[:], sys.path[:] = before
+        sys.modules.pop(_NAME, None)
     return 0
 
 

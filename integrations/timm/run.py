@@ -20,7 +20,7 @@ from torch import nn
 
 from ast_plugin.errors import ActivationError, ConfigError, StateError
 from ast_plugin.integrations.timm.average import RunAverage
-from ast_plugin.integrations.timm.evaluation import merged, split_metric
+from ast_plugin.integrations.timm.evaluation import check_metric, merged, split_metric
 from ast_plugin.integrations.timm.flags import Settings
 from ast_plugin.integrations.timm.networks import network_in
 from ast_plugin.integrations.timm.outputs import write_outputs
@@ -36,7 +36,7 @@ from ast_plugin.optimizers import innermost_optimizer, refusal_of
 from ast_plugin.plugins import PluginRegistry
 from ast_plugin.slots import bare_model
 from ast_plugin.training import AlternatingSparseTraining
-from ast_plugin.training_exchange import with_plain_entries
+from ast_plugin.training_exchange import with_plain_entries, without_optimizer_state
 from ast_plugin.training_state import KEY
 from ast_plugin.wrapping import wrap
 
@@ -68,14 +68,16 @@ class TimmRun:
         self._output_dir: Path | None = None
         self._seconds = 0.0
         self._epochs_left = 0
-        _check_device(str(getattr(args, "device", "cpu")))
+        check_device(str(getattr(args, "device", "cpu")))
         if getattr(args, "torchscript", False):
             raise ConfigError(
                 "--torchscript: hooks do not run inside a scripted model; leave it out, or use --torchcompile"
             )
         # Scripts know timm's own metrics alone, and of those which are better lower. So a sub-net that is named goes
         # under these names.
-        self._headline, args.eval_metric = split_metric(str(getattr(args, "eval_metric", "top1")), settings.sub_nets)
+        self._headline: str | None = None
+        if getattr(args, "eval_metric", None):
+            self._headline, args.eval_metric = split_metric(str(args.eval_metric), settings.sub_nets)
 
     def check(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         """Notice what cannot work as soon as model and optimizer are there, before data are read.
@@ -158,7 +160,8 @@ class TimmRun:
         self.ast = ast = wrap(optimizer, given, config, outermost=called, plugins=[TimmSelection()])
         if state:
             try:
-                ast.load_state_dict(state[KEY])
+                fresh = getattr(self.args, "no_resume_opt", False)
+                ast.load_state_dict(without_optimizer_state(state[KEY]) if fresh else state[KEY])
             except StateError as error:
                 raise StateError(f"--resume {resume}: {error}") from error
             _logger.info(f"Sub-nets go on from {resume} at step {ast.step} of {steps}.")
@@ -215,6 +218,7 @@ class TimmRun:
 
         Raises:
             ActivationError: If the model is neither, or no metrics come back.
+            ConfigError: If what ``--eval-metric`` names of a sub-net is not among them.
         """
         if self.ast is None:
             return validate(model, *args, **options)
@@ -241,6 +245,8 @@ class TimmRun:
                     "script is of another kind than timm's"
                 )
             found[name] = figures
+            if self._headline is not None:  # without a sub-net it is the script's own affair
+                check_metric(self.args.eval_metric, figures)
         _logger.info(_line(suffix, found))
         if chosen is self.ast:
             for name, figures in found.items():
@@ -272,8 +278,20 @@ class TimmRun:
         return files
 
 
-def _check_device(device: str) -> None:
-    if device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+def check_device(device: str) -> None:
+    """Refuse a device that this machine does not have.
+
+    Args:
+        device: As torch writes it: ``cpu``, ``cuda:1``.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigError(f"--device {device}: PyTorch knows no such device; pass cpu, cuda or cuda:1") from error
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device {device}: this PyTorch sees no CUDA device; pass --device cpu")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ StateOf = Callable[[], Mapping[str, Any]]
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Return a checkpoint of timm; tensors are read from the file when they are used.
+    """Return a checkpoint of timm; tensors are read when they are used, but for the oldest format.
 
     Raises:
         StateError: If there is no such file, or it is none that timm writes.
@@ -34,7 +35,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise StateError(f"--resume {path}: there is no such file; check the path")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises half a dozen kinds for files that are damaged or none of its own
         reason = str(error).strip().split("\n")[0]
         raise StateError(f"--resume {path}: no checkpoint that can be read: {reason}; take another one") from error

@@ -32,7 +32,7 @@ from ast_plugin.integrations.timm.cpu_ddp import data_parallel_on_cpu
 from ast_plugin.integrations.timm.flags import settings_of
 from ast_plugin.integrations.timm.run import TimmRun
 from ast_plugin.integrations.timm.state import explained
-from ast_plugin.integrations.timm.train_arguments import build_parser, read_defaults
+from ast_plugin.integrations.timm.train_arguments import build_parser, check_arguments, read_defaults
 from ast_plugin.integrations.timm.train_parts import build_loaders, build_task, output_folder, scaled_rate
 
 _logger = logging.getLogger("train")
@@ -58,7 +58,7 @@ def train(args: argparse.Namespace, args_text: str = "") -> OrderedDict[str, flo
     """
     settings = settings_of(args)
     sub_nets = None if settings is None else TimmRun(settings, args)  # 1: checks the flags
-
+    check_arguments(args)
     device = utils.init_distributed_device(args)
     utils.random_seed(args.seed, args.rank)
     model = create_model(

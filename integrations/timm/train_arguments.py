@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from timm.models import is_model
+from timm.optim import list_optimizers
 from timm.utils import ParseKwargs
 
+from ast_plugin.errors import ConfigError, near_names
+from ast_plugin.integrations.timm.evaluation import OWN, check_metric
 from ast_plugin.integrations.timm.flags import add_flags
+from ast_plugin.integrations.timm.run import check_device
 
 _logger = logging.getLogger("train")
 
@@ -52,6 +57,36 @@ def read_defaults(parser: argparse.ArgumentParser, path: str) -> None:
     if unknown:
         _logger.warning(f"--config {path}: {', '.join(map(str, unknown))} passed over, as no argument has this name.")
     parser.set_defaults(**{str(name): value for name, value in values.items() if name not in unknown})
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what can be seen to be wrong before anything is made.
+
+    Args:
+        args: Parsed; ``eval_metric`` names no sub-net any more.
+
+    Raises:
+        ConfigError: If a value is out of range, or names something that is not there.
+    """
+    check_device(args.device)
+    check_metric(args.eval_metric, OWN)
+    for name in ("epochs", "grad_accum_steps", "batch_size", "val_interval", "log_interval"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if ":" not in args.model and not is_model(args.model):
+        raise ConfigError(f"--model {args.model}: timm has no such model; timm.list_models('*resnet*') lists some")
+    optimizer = args.opt.lower().split("_")[-1]
+    if optimizer not in list_optimizers():
+        raise ConfigError(f"--opt {args.opt}: timm has no such optimizer; {near_names(optimizer, list_optimizers())}")
+    if not args.dataset and not Path(args.data_dir or "").is_dir():
+        raise ConfigError(f"--data-dir {args.data_dir}: there is no such folder; check the path, or name a --dataset")
+    if not args.val_split:
+        raise ConfigError("--val-split must name a split: this script evaluates; timm's own train.py can do without")
+    for name in ("resume", "initial_checkpoint"):
+        if getattr(args, name) and not Path(getattr(args, name)).is_file():
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: there is no such file; check the path"
+            )
 
 
 def _add_data(group: Any) -> None:

@@ -16,6 +16,8 @@ from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistilla
 from timm.utils import get_outdir, is_primary
 from torch import nn
 
+from ast_plugin.errors import ConfigError
+
 
 def build_loaders(
     args: argparse.Namespace, data_config: dict[str, Any], device: torch.device
@@ -132,10 +134,18 @@ def scaled_rate(args: argparse.Namespace) -> float:
 
 
 def output_folder(args: argparse.Namespace, data_config: dict[str, Any], args_text: str) -> Path:
-    """Make the folder of a run, with its arguments as ``args.yaml``, and return it."""
+    """Make the folder of a run, with its arguments as ``args.yaml``, and return it.
+
+    Raises:
+        ConfigError: If it cannot be written.
+    """
     name = args.experiment or "-".join(
         [datetime.now().strftime("%Y%m%d-%H%M%S"), safe_model_name(args.model), str(data_config["input_size"][-1])]
     )
-    folder = Path(get_outdir(args.output or os.path.join("output", "train"), name))
-    (folder / "args.yaml").write_text(args_text, encoding="utf-8")
+    place = args.output or os.path.join("output", "train")
+    try:
+        folder = Path(get_outdir(place, name))
+        (folder / "args.yaml").write_text(args_text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {place}: cannot be written: {error.strerror}; choose another folder") from error
     return folder
