@@ -107,7 +107,7 @@ def arm(run: Run, point: str, count: int) -> None:
     elif point == "backward":
         run.model.conv1.weight.register_hook(lambda _: die())
     elif point == "masks":
-        before(MaskStore, "set", die)
+        before(MaskStore, "_check_mask", die)
     elif point == "arithmetic":
         before(torch.Tensor, "add_", die)  # single-tensor kernels of SGD: half of the parameters have moved
         before(torch.Tensor, "lerp_", die)  # AdamW's
