@@ -22,7 +22,7 @@ from ast_plugin.normalization import PrivateNormalization
 from ast_plugin.packed_masks import PackedMasks
 from ast_plugin.recalibration import Forward, recalibrate_each
 from ast_plugin.slots import ParameterSlots, bare_model
-from ast_plugin.sub_nets import check_sub_net
+from ast_plugin.sub_nets import check_sub_net, is_number
 
 if TYPE_CHECKING:
     from ast_plugin.training import AlternatingSparseTraining
@@ -111,7 +111,7 @@ class Twin:
             ConfigError: If both are given, or `decay` is no such share.
         """
         if decay is not None:
-            if average is not None or not 0 <= decay <= 1:
+            if average is not None or not is_number(decay) or not 0 <= decay <= 1:
                 raise ConfigError(
                     f"decay must lie in [0, 1] and stand alone, got decay={decay!r}, average={average!r}; give either "
                     "a decay or a function"

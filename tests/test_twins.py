@@ -63,7 +63,10 @@ def test_a_decay_averages_the_batch_norm_of_waiting_sub_nets_as_the_formula_says
             torch.testing.assert_close(found[key], value)
 
 
-@pytest.mark.parametrize("options", [{"decay": 1.5}, {"decay": -0.1}, {"average": lambda a, b, n: a, "decay": 0.9}])
+@pytest.mark.parametrize(
+    "options",
+    [{"decay": 1.5}, {"decay": -0.1}, {"decay": "0.9"}, {"average": lambda a, b, n: a, "decay": 0.9}],
+)
 def test_a_decay_that_is_no_share_or_does_not_stand_alone_is_refused(options: dict[str, Any]) -> None:
     model, _, ast = wrapped(**BUSY)
     twin = ast.twin(copy.deepcopy(model))
