@@ -189,12 +189,16 @@ def train(args: argparse.Namespace, args_text: str = "") -> OrderedDict[str, flo
                 saver.save_checkpoint(epoch, metric=metrics[metric])
             if scheduler is not None:
                 scheduler.step(epoch + 1, metrics[metric])
+        interrupted = False
     except KeyboardInterrupt:
         _logger.warning("Interrupted: what was trained so far is written.")
-    if args.distributed:
-        torch.distributed.destroy_process_group()
+        interrupted = True
     if sub_nets is not None:
         sub_nets.finish()  # 5: elastic.safetensors, report.html, ast.json
+    if args.distributed:
+        if not interrupted:  # a rank that ends badly would take the first one along, which is still writing
+            torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     return metrics
 
 
