@@ -169,8 +169,10 @@ class TimmRun:
             self._average = RunAverage(ast, average, state.get(AVERAGE_KEY))
         inner = innermost_optimizer(optimizer)
         # Scripts of older timm have tasks too, which their savers do not know.
-        if task is None or getattr(saver, "task", None) is not task or not keep_in_task(task, inner, self.state):
-            keep_average_in_optimizer(inner, lambda: self.state().get(AVERAGE_KEY))
+        known = getattr(saver, "task", None) is task
+        in_task = task is not None and known and keep_in_task(task, inner, self.state)
+        if self._average is not None and not in_task:
+            keep_average_in_optimizer(inner, self._average.state_dict)
         self._epochs_left = -(-remaining // steps_per_epoch)
         self._output_dir = Path(output_dir) if output_dir else None
         _logger.info(
