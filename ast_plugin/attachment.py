@@ -12,7 +12,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +80,9 @@ class Attachment:
 
     Args:
         called: The outermost module that the training loop calls.
-        model: The network inside it, which evaluation may call by itself; `called` where nothing is around it.
-        bare: The module inside wrappers for compilation and data-parallel use, whose state dict may be asked for.
+        model: The network inside it; `called` where nothing is around it.
+        bare: The module inside wrappers for compilation and data-parallel use. Evaluation may call any of the three by
+            itself.
         optimizer: The torch optimizer whose ``step`` really runs.
         events: Who is told.
     """
@@ -96,6 +97,7 @@ class Attachment:
     ) -> None:
         self._called = called
         self._model = model
+        self._bare = bare
         self._events = events
         self._backward = NO_BACKWARD
         hook = functools.partial(_ModelHook, before_copy=events.before_part_access)
@@ -106,10 +108,13 @@ class Attachment:
             optimizer.register_state_dict_post_hook(lambda _, state: events.add_state(state)),
             optimizer.register_load_state_dict_pre_hook(lambda _, state: events.take_state(state)),
         ]
-        for module in {called, model} if called is model or not _is_compiled_in(model, called) else {called}:
+        for module in {called, model, bare}:
+            within = module is not called
+            before = _outside_graphs(self._before_forward) if within else _uncompiled(self._before_forward)
+            after = _outside_graphs(self._after_forward) if within else _uncompiled(self._after_forward)
             self._handles += [
-                module.register_forward_pre_hook(hook(_uncompiled(self._before_forward)), prepend=True),
-                module.register_forward_hook(hook(_uncompiled(self._after_forward)), always_call=True),
+                module.register_forward_pre_hook(hook(before), prepend=True),
+                module.register_forward_hook(hook(after), always_call=True),
             ]
         for module in {called, model, bare}:
             self._handles += [
@@ -154,7 +159,7 @@ class Attachment:
         if module is self._called:
             return True
         training = module.training and torch.is_grad_enabled()
-        return module is self._model and not training and not is_running(self._called)
+        return not training and not is_running(self._called) and not (module is self._bare and is_running(self._model))
 
     def _before_state_access(self, module: nn.Module, *_: Any) -> None:
         if module in self._stateful:
@@ -229,12 +234,6 @@ def is_attached(thing: nn.Module | torch.optim.Optimizer) -> bool:
     return thing in _attached
 
 
-def _is_compiled_in(model: nn.Module, called: nn.Module) -> bool:
-    """Return whether a hook on `model` would stand inside a compiled graph of `called`, and break it in two."""
-    compiled = [module for module in called.modules() if module is not model and hasattr(module, "_orig_mod")]
-    return any(inner is model for module in compiled for inner in module.modules())
-
-
 class _BackwardBegan:
     """A hook on the outputs of one forward; it lives as long as the graph behind any of them."""
 
@@ -304,6 +303,17 @@ def _uncompiled(function: _F) -> _F:
     # Traced into a graph, the hook would run once instead of at every step, or be compiled anew at each.
     disabled: _F = torch.compiler.disable(function)
     return disabled
+
+
+def _outside_graphs(function: _F) -> _F:
+    """Return a hook for a module that may stand inside a compiled graph, where it leaves no trace."""
+    disabled = _uncompiled(function)
+
+    def hook(*args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            disabled(*args)
+
+    return cast(_F, hook)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

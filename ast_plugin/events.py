@@ -28,6 +28,7 @@ class RunEvents:
 
     Attributes:
         released: Whether the hooks are gone for good, so that the model may belong to another run.
+        state_in_optimizer: Whether the optimizer's state dict carries the run's state.
     """
 
     def __init__(self, parts: RunParts, step: TrainingStep, state: RunState) -> None:
@@ -36,6 +37,7 @@ class RunEvents:
         self._state = state
         self._chosen: list[str] = []
         self.released = False
+        self.state_in_optimizer = True
         self._passing = False
         self._running = False  # may be stale after an interrupt
         self._graphs = (0, 0)  # the episode that the last graphs were recorded in, and how many there are
@@ -188,7 +190,10 @@ class RunEvents:
             self._step.settle()
 
     def add_state(self, state_dict: dict[str, Any]) -> None:
-        """Put the run's state into the optimizer's state dict."""
+        """Put the run's state into the optimizer's state dict, unless it is kept elsewhere."""
+        if not self.state_in_optimizer:
+            self.after_state_access()
+            return
         with self.at_rest():
             state_dict[KEY] = self._state.collect()
         self.after_state_access()
@@ -257,10 +262,10 @@ class RunEvents:
     def _is_inside_forward(self) -> bool:
         """Return whether a forward is going on that goes on with the sub-net which is on."""
         parts = self._parts
-        return parts.activation.worn is not None and (is_running(parts.called) or is_running(parts.model))
+        return parts.activation.worn is not None and any(map(is_running, {parts.called, parts.model, parts.bare}))
 
     def _is_training(self) -> bool:
-        return self._parts.model.training and torch.is_grad_enabled()
+        return self._parts.bare.training and torch.is_grad_enabled()
 
     def _put_chosen_on(self) -> None:
         if self._chosen:

@@ -78,6 +78,11 @@ class AlternatingSparseTraining(SavedRun):
         return self._events.chosen or self._step.scheduled
 
     @property
+    def chosen(self) -> str | None:
+        """The sub-net of the innermost ``with sub_net(...)`` that is open; None outside of any."""
+        return self._events.chosen
+
+    @property
     def step(self) -> int:
         """Optimizer steps that have happened."""
         return self._step.number

@@ -19,6 +19,7 @@ from ast_plugin.parts import RunParts
 from ast_plugin.sharded_masks import ShardedMasks
 from ast_plugin.sharding import gathered
 from ast_plugin.step import TrainingStep
+from ast_plugin.sub_nets import check_sub_net
 from ast_plugin.training_exchange import with_fixed_entries, with_plain_entries
 from ast_plugin.training_state import RunState
 from ast_plugin.twins import Twin
@@ -70,6 +71,13 @@ class SavedRun(abc.ABC):
                 return with_fixed_entries(self._state.collect(whole=True))
             return with_fixed_entries(self._state.collect(), self._parts.sharded_gradients)
 
+    def keep_state_elsewhere(self) -> None:
+        """Leave the optimizer's state dict as it is without a run, for hosts that keep `state_dict` in a place of theirs.
+
+        A state that an optimizer's state dict holds is still taken when it is loaded.
+        """
+        self._events.state_in_optimizer = False
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned. Model and optimizer bring their own state back themselves.
 
@@ -85,6 +93,19 @@ class SavedRun(abc.ABC):
         """
         self._events.before_load()
         self._state.restore(with_plain_entries(state))
+
+    def is_near_target(self, sub_net: str) -> bool:
+        """Return whether a sub-net is as sparse as it is to become, to a hundredth: no ramp is before it any more.
+
+        Args:
+            sub_net: Its name.
+
+        Raises:
+            ConfigError: If there is no such sub-net.
+        """
+        check_sub_net(sub_net, self._parts.names)
+        target = self._parts.updater.plans[sub_net].target_sparsity
+        return abs(target - self._parts.masks.sparsity(sub_net)) <= _FAR_FROM_TARGET
 
     def save(self, path: str | Path, *, report: Mapping[str, Any] | None = None, twin: Twin | None = None) -> None:
         """Write all sub-nets into one elastic file, readable by `ast_plugin.load` and by any safetensors reader.
@@ -112,7 +133,7 @@ class SavedRun(abc.ABC):
             )
         now = self._step.number
         for name, plan in self._parts.updater.plans.items():
-            if abs(plan.target_sparsity - self._parts.masks.sparsity(name)) > _FAR_FROM_TARGET:
+            if not self.is_near_target(name):
                 warnings.warn(
                     f"sub-net {name!r} is saved with sparsity {self._parts.masks.sparsity(name):.3f}; its target is "
                     f"{plan.target_sparsity:.3f}, which the masks reach at step {plan.calendar.end} (now {now})"

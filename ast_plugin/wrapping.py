@@ -108,7 +108,7 @@ def wrap(
         >>> ast = ast_plugin.wrap(optimizer, model, sparsities=(0.9, 0.95, 0.98), total_steps=1000)
     """
     method = options.get("method")
-    settings = _settings(config, dict(options))
+    settings = settings_of(config, dict(options))
     optimizer = innermost_optimizer(optimizer)
     _check_kind(optimizer, model)
     _check_outermost(outermost, model)
@@ -142,7 +142,16 @@ def _take_from_first_rank(parts: RunParts) -> None:
             parts.normalization.load(name, tensors)
 
 
-def _settings(config: ASTConfig | None, options: dict[str, Any]) -> ASTConfig:
+def settings_of(config: ASTConfig | None, options: dict[str, Any]) -> ASTConfig:
+    """Return settings that were given as one object or by name.
+
+    Args:
+        config: One object, or None.
+        options: By name; `method` may be a `Method`, whose name is taken.
+
+    Raises:
+        ConfigError: If both were given, or a setting is out of range or unknown.
+    """
     if isinstance(options.get("method"), Method):
         options["method"] = options["method"].name
     if config is None:

@@ -69,6 +69,7 @@ FLOORS = {
     "optimizer_modes": 5,
     "export": 5,
     "parts": 5,
+    "preview": 5,
     "report": 5,
     "step": 5,
     "training": 5,

@@ -32,8 +32,8 @@ from ast_plugin.integrations.timm.state import (
     read_checkpoint,
     state_in,
 )
-from ast_plugin.optimizers import innermost_optimizer, refusal_of
-from ast_plugin.plugins import PluginRegistry
+from ast_plugin.optimizers import innermost_optimizer
+from ast_plugin.preview import check_run
 from ast_plugin.slots import bare_model
 from ast_plugin.training import AlternatingSparseTraining
 from ast_plugin.training_exchange import with_plain_entries, without_optimizer_state
@@ -91,18 +91,9 @@ class TimmRun:
             SelectionError: If no parameter can be pruned as asked.
             WrapError: If this optimizer cannot train sub-nets.
         """
-        config = self.settings.config(total_steps=1, steps_per_epoch=1)
-        registry = PluginRegistry([TimmSelection()])
-        registry.method(config.method)
-        for name in {spec.pattern or config.pattern for spec in config.sub_nets}:
-            registry.pattern(name)
-        if isinstance(config.distribution, str):
-            registry.distribution(config.distribution)
         network = network_in(model)
-        choices = registry.select_parameters(network, include=config.include, exclude=config.exclude)
-        refusal = refusal_of(innermost_optimizer(optimizer), model)
-        if refusal is not None:
-            raise ConfigError(refusal)
+        config = self.settings.config(total_steps=1, steps_per_epoch=1)
+        choices = check_run(config, network, optimizer=optimizer, plugins=[TimmSelection()])
         prunable = [choice for choice in choices if choice.prunable]
         weights = sum(torch.Size(choice.shape).numel() for choice in prunable)
         _logger.info(
@@ -170,8 +161,10 @@ class TimmRun:
         inner = innermost_optimizer(optimizer)
         # Scripts of older timm have tasks too, which their savers do not know.
         known = getattr(saver, "task", None) is task
-        in_task = task is not None and known and keep_in_task(task, inner, self.state)
-        if self._average is not None and not in_task:
+        in_task = task is not None and known and keep_in_task(task, self.state)
+        if in_task:
+            ast.keep_state_elsewhere()
+        elif self._average is not None:
             keep_average_in_optimizer(inner, self._average.state_dict)
         self._epochs_left = -(-remaining // steps_per_epoch)
         self._output_dir = Path(output_dir) if output_dir else None

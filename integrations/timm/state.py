@@ -75,12 +75,11 @@ def state_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def keep_in_task(task: nn.Module, optimizer: torch.optim.Optimizer, state_of: StateOf) -> bool:
-    """Have a task of timm carry the state in its checkpoints, instead of the optimizer.
+def keep_in_task(task: nn.Module, state_of: StateOf) -> bool:
+    """Have a task of timm carry the state in its checkpoints.
 
     Args:
         task: The task, as the training script has it.
-        optimizer: The torch optimizer that carries the state of the run otherwise.
         state_of: Returns the state by key.
 
     Returns:
@@ -96,11 +95,6 @@ def keep_in_task(task: nn.Module, optimizer: torch.optim.Optimizer, state_of: St
         return state if options.get("ema") else {**state, **state_of()}
 
     object.__setattr__(task, "get_task_state", with_state)
-
-    def drop(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        state.pop(KEY, None)
-
-    optimizer.register_state_dict_post_hook(drop)
     return True
 
 

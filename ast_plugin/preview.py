@@ -1,0 +1,60 @@
+"""What can be said of a run before it begins: hosts ask as soon as model and optimizer are there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ast_plugin.config import ASTConfig
+from ast_plugin.errors import WrapError
+from ast_plugin.optimizers import innermost_optimizer, refusal_of
+from ast_plugin.parameters import ParameterChoice
+from ast_plugin.plugins import PluginRegistry
+from ast_plugin.slots import bare_model
+
+
+def check_run(
+    config: ASTConfig,
+    model: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    plugins: Sequence[object] = (),
+    known_method: bool = False,
+) -> list[ParameterChoice]:
+    """Refuse what `ast_plugin.wrap` would refuse later, as far as it can be seen now; nothing is touched.
+
+    Args:
+        config: The settings; `total_steps` may still be a guess.
+        model: The model, possibly inside wrappers.
+        optimizer: The optimizer, where there is one already.
+        plugins: Plugin objects of the run.
+        known_method: Whether the method is an object that `wrap` will be given, so that its name means nothing.
+
+    Returns:
+        The verdict on every parameter.
+
+    Raises:
+        ConfigError: If a name in the settings is unknown.
+        SelectionError: If no parameter can be pruned as asked.
+        WrapError: If this optimizer cannot train sub-nets.
+        PluginError: If a plugin fails to load or to answer.
+    """
+    registry = PluginRegistry(plugins)
+    if not known_method:
+        registry.method(config.method)
+    patterns = {name: registry.pattern(name) for name in {spec.pattern or config.pattern for spec in config.sub_nets}}
+    if isinstance(config.distribution, str):
+        registry.distribution(config.distribution)
+    bare = bare_model(model)
+    choices = registry.select_parameters(bare, include=config.include, exclude=config.exclude)
+    for choice in choices:
+        if choice.prunable:
+            for pattern in patterns.values():
+                pattern.check(choice.name, choice.shape)
+    if optimizer is not None:
+        refusal = refusal_of(innermost_optimizer(optimizer), model)
+        if refusal is not None:
+            raise WrapError(refusal)
+    return choices

@@ -1,0 +1,47 @@
+"""Hugging Face Trainer: a callback that trains sub-nets, evaluates each of them, and saves and resumes them.
+
+Importing this package imports nothing of transformers; its names do.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ast_plugin.integrations.transformers.arguments import ASTArguments
+    from ast_plugin.integrations.transformers.binding import attach
+    from ast_plugin.integrations.transformers.callback import ASTCallback
+    from ast_plugin.integrations.transformers.mixin import ASTTrainerMixin
+    from ast_plugin.integrations.transformers.saving import export_pretrained, save_sub_nets
+    from ast_plugin.integrations.transformers.selection import TransformersSelection
+
+__all__ = [
+    "ASTArguments",
+    "ASTCallback",
+    "ASTTrainerMixin",
+    "TransformersSelection",
+    "attach",
+    "export_pretrained",
+    "save_sub_nets",
+]
+
+_MODULES = {
+    "ASTArguments": "arguments",
+    "ASTCallback": "callback",
+    "ASTTrainerMixin": "mixin",
+    "TransformersSelection": "selection",
+    "attach": "binding",
+    "export_pretrained": "saving",
+    "save_sub_nets": "saving",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,187 @@
+"""What a Trainer does otherwise while a run is bound to it: its own methods, called from functions around them.
+
+Only this one object changes, so it may be of any subclass, and is as before when the binding is removed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Unpack
+
+from transformers import Trainer, TrainerCallback
+
+from ast_plugin.config import ASTConfig
+from ast_plugin.errors import ConfigError, WrapError
+from ast_plugin.integrations.transformers.evaluation import evaluate_each, sub_net_of
+from ast_plugin.integrations.transformers.saving import save_sub_nets, write_card
+from ast_plugin.integrations.transformers.state import write_state
+from ast_plugin.wrapping import ASTOptions
+
+if TYPE_CHECKING:
+    from ast_plugin.integrations.transformers.callback import ASTCallback
+
+_logger = logging.getLogger("ast_plugin.transformers")
+
+
+def attach(trainer: Trainer, config: ASTConfig | None = None, **options: Unpack[ASTOptions]) -> ASTCallback:
+    """Have a Trainer of any subclass train sub-nets, as with an `ASTCallback` among its callbacks.
+
+    Args:
+        trainer: The Trainer; it has not trained yet.
+        config: All settings as one object, instead of `options`.
+        **options: The settings of `ASTConfig` by name, for example ``sparsities=(0.9, 0.95)``.
+
+    Returns:
+        The callback, which has the controller once training has begun.
+
+    Raises:
+        ConfigError: If a setting is out of range, or the Trainer has such a callback already.
+        WrapError: If it cannot train sub-nets, or has trained already.
+        SelectionError: If no parameter of its model can be pruned as asked.
+
+    Example:
+        >>> callback = attach(trainer, sparsities=(0.9, 0.95, 0.98))
+        >>> trainer.train()
+        >>> with callback.sub_net("s95"):
+        ...     trainer.predict(test_data)
+    """
+    from ast_plugin.integrations.transformers.callback import ASTCallback
+
+    return ASTCallback(config, **options).bind(trainer)
+
+
+class Binding:
+    """Functions around the methods of one Trainer.
+
+    Args:
+        trainer: The Trainer.
+        callback: Whose run it is.
+
+    Attributes:
+        trainer: The Trainer.
+    """
+
+    def __init__(self, trainer: Trainer, callback: ASTCallback) -> None:
+        self.trainer = trainer
+        self._callback = callback
+        self._resumed: str | None = None
+        self._in_checkpoint = False
+        self._before: dict[str, Any] = {}
+        for name, around in {
+            "_load_optimizer_and_scheduler": self._load,
+            "evaluate": self._evaluate,
+            "_determine_best_metric": self._determine_best,
+            "_save_checkpoint": self._save_checkpoint,
+            "save_model": self._save_model,
+            "create_model_card": self._create_card,
+        }.items():
+            self._put_around(name, around)
+
+    def remove(self) -> None:
+        """Give the Trainer its own methods back, and take the callback out of it."""
+        for name, before in self._before.items():
+            if before is None:
+                delattr(self.trainer, name)
+            else:
+                setattr(self.trainer, name, before)
+        self._before.clear()
+        self.trainer.remove_callback(self._callback)
+
+    def take_resumed(self) -> str | None:
+        """Return the checkpoint folder that training resumes from, None where it starts anew; asked once a training."""
+        folder, self._resumed = self._resumed, None
+        return folder
+
+    def _put_around(self, name: str, around: Callable[..., Any]) -> None:
+        method = getattr(self.trainer, name)
+        self._before[name] = vars(self.trainer).get(name)
+        setattr(self.trainer, name, functools.wraps(method)(functools.partial(around, method)))
+
+    def _load(self, method: Callable[..., Any], checkpoint: str | None, *args: Any, **options: Any) -> Any:
+        self._resumed = checkpoint
+        return method(checkpoint, *args, **options)
+
+    def _evaluate(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        ast = self._callback.ast
+        if ast is None:
+            return method(*args, **options)
+        return evaluate_each(self.trainer, ast, method, *args, **options)
+
+    def _determine_best(self, method: Callable[..., bool], *args: Any, **options: Any) -> bool:
+        """Pass over evaluations of a sub-net that is not yet as sparse as it is to become."""
+        ast = self._callback.ast
+        if ast is not None:
+            name = sub_net_of(self.trainer.args.metric_for_best_model, ast.sub_nets) or ast.default_sub_net
+            if not ast.is_near_target(name):
+                return False
+        return method(*args, **options)
+
+    def _save_checkpoint(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if self._callback.ast is not None:
+            self._callback.ast.synchronize_normalization()
+        self._in_checkpoint = True
+        try:
+            return method(*args, **options)
+        finally:
+            self._in_checkpoint = False
+
+    def _save_model(
+        self, method: Callable[..., Any], output_dir: str | None = None, *args: Any, **options: Any
+    ) -> Any:
+        result = method(output_dir, *args, **options)
+        ast, trainer = self._callback.ast, self.trainer
+        if ast is None:
+            return result
+        folder = trainer.args.output_dir if output_dir is None else output_dir
+        if self._in_checkpoint:
+            state = ast.state_dict(full=True)  # a collective where parameters are sharded
+            if trainer.args.should_save:
+                write_state(folder, state)
+        if trainer.args.should_save:
+            # Sub-nets that are still on their way are of use to a run that goes on, and to nobody else.
+            save_sub_nets(ast, folder, elastic=not self._in_checkpoint or all(map(ast.is_near_target, ast.sub_nets)))
+            if not self._in_checkpoint:
+                write_card(ast, folder)
+        return result
+
+    def _create_card(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        result = method(*args, **options)
+        if self._callback.ast is not None and self.trainer.args.should_save:
+            write_card(self._callback.ast, self.trainer.args.output_dir)
+        return result
+
+
+def calling_trainer(callback: TrainerCallback) -> Trainer | None:
+    """Return the Trainer that has called this callback, found among the callers: events do not name it."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and callback in caller.callback_handler.callbacks:
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def check_trainer(trainer: object) -> None:
+    """Refuse what is no Trainer, and ways to train in which sub-nets cannot be switched.
+
+    Raises:
+        ConfigError: If it is no Trainer.
+        WrapError: If it trains by DeepSpeed, or by the first version of FSDP.
+    """
+    if not isinstance(trainer, Trainer):
+        raise ConfigError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__}")
+    if trainer.is_deepspeed_enabled:
+        raise WrapError(
+            "DeepSpeed steps its own optimizer inside backward and keeps weights of its own, so sub-nets cannot be "
+            "taken off in time; train without --deepspeed, by torchrun or FSDP version 2"
+        )
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if trainer.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2:
+        raise WrapError(
+            "FSDP version 1 flattens the weights, so masks cannot be put on them; use version 2 "
+            '(fsdp_config={"version": 2}), or torchrun without FSDP'
+        )

@@ -1,0 +1,154 @@
+"""Evaluation of every sub-net by the Trainer's own method: one mapping of metrics, one log entry, one event."""
+
+from __future__ import annotations
+
+import contextlib
+import numbers
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer_callback import ProgressCallback
+
+from ast_plugin.errors import ConfigError, near_names
+from ast_plugin.training import AlternatingSparseTraining
+
+_PREFIX = "metric_key_prefix"
+_PREFIX_PLACE = 2  # among the arguments of Trainer.evaluate
+# What the Trainer measures of itself; once is enough.
+_OF_THE_LOOP = re.compile(
+    r"runtime|samples_per_second|steps_per_second|tokens_per_second|model_preparation_time|jit_compilation_time|mem_.*"
+)
+_LIKE_A_SUB_NET = re.compile(r"s\d+(\.\d+)?|\d+:\d+")
+
+
+def evaluate_each(
+    trainer: Trainer,
+    ast: AlternatingSparseTraining,
+    evaluate: Callable[..., dict[str, float]],
+    *args: Any,
+    **options: Any,
+) -> dict[str, float]:
+    """Evaluate every sub-net as ``trainer.evaluate(*args, **options)`` evaluates the model.
+
+    The Trainer logs and reports once, when all are evaluated, so that its callbacks find every metric in one place.
+
+    Args:
+        trainer: The Trainer.
+        ast: Its run.
+        evaluate: Its own method, with what subclasses add.
+        *args: Arguments of ``Trainer.evaluate``.
+        **options: Arguments of ``Trainer.evaluate``.
+
+    Returns:
+        The default sub-net's metrics under the Trainer's names (``eval_loss``), then those of each sub-net
+        (``eval_s90_loss``) with its sparsity (``eval_s90_sparsity``, in [0, 1]). Inside ``with sub_net(...)`` the
+        metrics of that one, under the Trainer's names.
+    """
+    given = args[0] if args else options.get("eval_dataset")
+    data = trainer.eval_dataset if given is None else given
+    if ast.chosen is not None or isinstance(data, Mapping):  # of several sets each comes here by itself
+        return evaluate(*args, **options)
+    ast.synchronize_normalization()
+    prefix = str(args[_PREFIX_PLACE] if len(args) > _PREFIX_PLACE else options.get(_PREFIX, "eval"))
+    by_sub_net: dict[str, Mapping[str, float]] = {}
+    with _held_back(trainer):
+        for name in (ast.default_sub_net, *(n for n in ast.sub_nets if n != ast.default_sub_net)):
+            own = prefix if name == ast.default_sub_net else f"{prefix}_{name}"
+            with ast.sub_net(name):
+                figures = evaluate(*_with_prefix(args, own), **_or_with_prefix(args, options, own))
+            by_sub_net[name] = {metric.removeprefix(f"{own}_"): value for metric, value in figures.items()}
+    metrics = merged(prefix, ast, by_sub_net)
+    trainer.log(metrics)
+    trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+    return metrics
+
+
+def merged(
+    prefix: str, ast: AlternatingSparseTraining, by_sub_net: Mapping[str, Mapping[str, float]]
+) -> dict[str, float]:
+    """Return one mapping of all metrics, and note those of each sub-net for the report and the elastic file.
+
+    Args:
+        prefix: What the Trainer puts before the names of metrics.
+        ast: The run.
+        by_sub_net: Metrics of every sub-net, without prefix.
+    """
+    metrics = {f"{prefix}_{metric}": value for metric, value in by_sub_net[ast.default_sub_net].items()}
+    for name in ast.sub_nets:
+        for metric, value in by_sub_net[name].items():
+            if _OF_THE_LOOP.fullmatch(metric):
+                continue
+            metrics[f"{prefix}_{name}_{metric}"] = value
+            if isinstance(value, numbers.Real):
+                ast.add_report_metric(f"{prefix}_{metric}".removeprefix("eval_"), float(value), sub_net=name)
+        metrics[f"{prefix}_{name}_sparsity"] = ast.masks.sparsity(name)
+    return metrics
+
+
+def sub_net_of(metric: str | None, sub_nets: Sequence[str]) -> str | None:
+    """Return the sub-net that the name of a metric names, None if it names none.
+
+    Args:
+        metric: ``metric_for_best_model``, such as ``eval_s95_loss`` or ``s95_loss``.
+        sub_nets: Names of the sub-nets.
+    """
+    parts = (metric or "").split("_")
+    return next((name for name in sub_nets if name in parts), None)
+
+
+def check_best_metric(metric: str | None, sub_nets: Sequence[str]) -> None:
+    """Refuse a metric of a sub-net that does not exist, before training rather than at its first evaluation.
+
+    Args:
+        metric: ``metric_for_best_model``.
+        sub_nets: Names of the sub-nets.
+
+    Raises:
+        ConfigError: If it is one.
+    """
+    if metric is None or sub_net_of(metric, sub_nets) is not None:
+        return
+    for part in metric.split("_"):
+        if _LIKE_A_SUB_NET.fullmatch(part):
+            known = [metric.replace(part, name, 1) for name in sub_nets]
+            raise ConfigError(
+                f"metric_for_best_model={metric!r}: there is no sub-net {part!r}; {near_names(metric, known)}"
+            )
+
+
+@contextlib.contextmanager
+def _held_back(trainer: Trainer) -> Iterator[None]:
+    """Keep the Trainer from logging and reporting evaluations for the length of a block."""
+    handler = trainer.callback_handler
+
+    def on_evaluate(*_: Any, **__: Any) -> Any:
+        for callback in handler.callbacks:
+            if isinstance(callback, ProgressCallback):  # ends its bar, which counts the batches of one evaluation
+                callback.on_predict(trainer.args, trainer.state, trainer.control)
+        return trainer.control
+
+    with _replaced(trainer, "log", lambda *_, **__: None), _replaced(handler, "on_evaluate", on_evaluate):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(thing: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    before = vars(thing).get(name)
+    setattr(thing, name, function)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(thing, name)
+        else:
+            setattr(thing, name, before)
+
+
+def _with_prefix(args: tuple[Any, ...], prefix: str) -> tuple[Any, ...]:
+    return (*args[:_PREFIX_PLACE], prefix, *args[_PREFIX_PLACE + 1 :]) if len(args) > _PREFIX_PLACE else args
+
+
+def _or_with_prefix(args: tuple[Any, ...], options: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return options if len(args) > _PREFIX_PLACE else {**options, _PREFIX: prefix}
