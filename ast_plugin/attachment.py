@@ -97,7 +97,6 @@ class Attachment:
     ) -> None:
         self._called = called
         self._model = model
-        self._bare = bare
         self._events = events
         self._backward = NO_BACKWARD
         hook = functools.partial(_ModelHook, before_copy=events.before_part_access)
@@ -159,7 +158,9 @@ class Attachment:
         if module is self._called:
             return True
         training = module.training and torch.is_grad_enabled()
-        return not training and not is_running(self._called) and not (module is self._bare and is_running(self._model))
+        return not training and not any(
+            is_running(other) for other in (self._called, self._model) if other is not module
+        )
 
     def _before_state_access(self, module: nn.Module, *_: Any) -> None:
         if module in self._stateful:

@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from timm_parts import STEPS_PER_EPOCH, arguments, assert_same, network, sgd, snapshot, step, task_of, timm_run
 from torch import nn
 
-from ast_plugin.errors import ActivationError, ConfigError, SelectionError
+from ast_plugin.errors import ActivationError, ConfigError, SelectionError, WrapError
 from ast_plugin.integrations.timm.run import TimmRun
 
 pytestmark = pytest.mark.extra("timm")
@@ -163,7 +163,7 @@ def test_checks_find_mistakes_before_the_data_are_read() -> None:
 def test_an_optimizer_that_cannot_work_is_refused_early() -> None:
     model = network()
     for name in ("adahessian", "lookahead_adahessian"):
-        with pytest.raises(ConfigError, match="second derivatives"):
+        with pytest.raises(WrapError, match="second derivatives"):
             timm_run().check(create_optimizer_v2(model, opt=name, lr=0.1), model)
 
 

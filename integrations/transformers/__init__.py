@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ast_plugin.errors import missing_extra
+
 if TYPE_CHECKING:
     from ast_plugin.integrations.transformers.arguments import ASTArguments
     from ast_plugin.integrations.transformers.binding import attach
@@ -26,6 +28,7 @@ __all__ = [
     "save_sub_nets",
 ]
 
+_HOSTS = ("accelerate", "huggingface_hub", "transformers")
 _MODULES = {
     "ASTArguments": "arguments",
     "ASTCallback": "callback",
@@ -40,7 +43,13 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    try:
+        module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    except ModuleNotFoundError as error:
+        if error.name not in _HOSTS:
+            raise
+        raise missing_extra(name, str(error.name), "hf") from error
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -128,9 +128,7 @@ class Binding:
         finally:
             self._in_checkpoint = False
 
-    def _save_model(
-        self, method: Callable[..., Any], output_dir: str | None = None, *args: Any, **options: Any
-    ) -> Any:
+    def _save_model(self, method: Callable[..., Any], output_dir: str | None = None, *args: Any, **options: Any) -> Any:
         result = method(output_dir, *args, **options)
         ast, trainer = self._callback.ast, self.trainer
         if ast is None:

@@ -114,11 +114,8 @@ class ASTCallback(TrainerCallback):
             SelectionError: If no parameter of its model can be pruned as asked.
         """
         check_trainer(trainer)
-        if trainer.state.global_step > 0 and not trainer.is_in_train:
-            raise WrapError(
-                f"the Trainer has trained {trainer.state.global_step} steps without sub-nets, and its optimizer and "
-                "schedule belong to that training; make a new one, Trainer(model=trainer.model, ...), and attach it"
-            )
+        if self._binding is None:
+            _check_untrained(trainer)
         self._bind(trainer)
         return self
 
@@ -130,9 +127,7 @@ class ASTCallback(TrainerCallback):
         if self.ast is not None:
             self.ast.detach()
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tie the callback to the Trainer that is being made, and refuse what cannot work."""
         trainer = calling_trainer(self)
         if trainer is not None:
@@ -151,6 +146,8 @@ class ASTCallback(TrainerCallback):
         late = self._binding is None
         if late:
             check_trainer(trainer)
+            if state.global_step == 0:
+                _check_untrained(trainer)
         binding = self._bind(trainer)
         folder = binding.take_resumed()
         if late and state.global_step > 0:
@@ -243,6 +240,20 @@ class ASTCallback(TrainerCallback):
         ast.keep_state_elsewhere()
         self.ast = ast
         _logger.info(f"Alternating sparse training: {', '.join(ast.sub_nets)} by {config.method} in turn, {left} steps")
+
+
+def _check_untrained(trainer: Trainer) -> None:
+    """Refuse a Trainer that has trained the model as a whole.
+
+    Raises:
+        WrapError: If it has.
+    """
+    optimizer = trainer.optimizer
+    if trainer.state.global_step > 0 or (getattr(optimizer, "_is_accelerate_prepared", False) and optimizer.state):
+        raise WrapError(
+            "the Trainer has trained without sub-nets before, and its optimizer's state belongs to that training; make "
+            "a new one, Trainer(model=trainer.model, ..., callbacks=[ASTCallback(...)])"
+        )
 
 
 def _updates(loader: Any, args: TrainingArguments) -> int | None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import Trainer
-from transformers.trainer_callback import ProgressCallback
 
 from ast_plugin.errors import ConfigError, near_names
 from ast_plugin.training import AlternatingSparseTraining
@@ -125,7 +124,7 @@ def _held_back(trainer: Trainer) -> Iterator[None]:
 
     def on_evaluate(*_: Any, **__: Any) -> Any:
         for callback in handler.callbacks:
-            if isinstance(callback, ProgressCallback):  # ends its bar, which counts the batches of one evaluation
+            if getattr(callback, "prediction_bar", None) is not None:  # it counts the batches of one evaluation
                 callback.on_predict(trainer.args, trainer.state, trainer.control)
         return trainer.control
 
