@@ -72,7 +72,7 @@ class SavedRun(abc.ABC):
             return with_fixed_entries(self._state.collect(), self._parts.sharded_gradients)
 
     def keep_state_elsewhere(self) -> None:
-        """Leave the optimizer's state dict as it is without a run, for hosts that keep `state_dict` in a place of theirs.
+        """Leave the optimizer's state dict as it is without a run, for hosts with a place of their own for the state.
 
         A state that an optimizer's state dict holds is still taken when it is loaded.
         """
