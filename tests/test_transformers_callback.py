@@ -111,7 +111,7 @@ def test_one_that_is_added_resumes_from_the_output_folder_and_refuses_another(tm
 def test_attach_does_the_same_on_a_trainer_of_another_kind(tmp_path: Path) -> None:
     usual = trainer_of(tmp_path, sparse())
     usual.train()
-    arguments = Seq2SeqTrainingArguments(**{**arguments_of(tmp_path).to_dict(), "predict_with_generate": False})
+    arguments = arguments_of(tmp_path, Seq2SeqTrainingArguments)
     trainer = Seq2SeqTrainer(model=gpt2(), args=arguments, train_dataset=texts(), eval_dataset=texts(8, seed=1))
     callback = attach(trainer, sparsities=(0.5, 0.8, 0.9), method="rigl", update_interval=3)
     trainer.train()

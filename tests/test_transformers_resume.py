@@ -63,6 +63,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert_same_run(whole, resumed, (callback, other))
 
 
+@pytest.mark.filterwarnings("ignore:mtime may not be reliable on this filesystem")  # the Trainer's own
 def test_resume_finds_the_last_checkpoint_by_itself(tmp_path: Path) -> None:
     whole = trainer_of(tmp_path / "whole", callback := sparse(), save_total_limit=2, **SAVING)
     whole.train()
