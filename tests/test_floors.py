@@ -24,6 +24,7 @@ FLOORS = {
     "config": 0,
     "errors": 0,
     "files": 0,
+    "flag_settings": 0,
     "sub_nets": 0,
     "version": 0,
     "alternation": 1,
@@ -85,7 +86,10 @@ SPLIT_CONCEPTS = ("cli", "demo", "elastic", "export", "patterns", "plugins", "re
 
 HOSTS = frozenset({"accelerate", "timm", "transformers"})
 CORE_DEPENDENCIES = frozenset({"numpy", "pluggy", "safetensors", "torch"})
-OPTIONAL_DEPENDENCIES = HOSTS | {"matplotlib", "onnx", "onnxruntime", "onnxscript", "rich", "sklearn", "torchvision"}
+OPTIONAL_DEPENDENCIES = HOSTS | {
+    *("matplotlib", "onnx", "onnxruntime", "onnxscript", "rich", "sklearn", "torchvision"),
+    "yaml",  # timm and transformers need it
+}
 
 
 @dataclasses.dataclass(frozen=True)
