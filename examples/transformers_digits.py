@@ -7,8 +7,6 @@ Every flag of TrainingArguments and ASTArguments may be given; without --ast_spa
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
@@ -28,22 +26,21 @@ from ast_plugin.integrations.transformers import ASTArguments
 _TRAIN = 1300  # of 1797
 
 
-@dataclasses.dataclass
-class DigitsArguments(TrainingArguments):
-    """The Trainer's arguments, with defaults for this task."""
-
-    learning_rate: float = 2e-3
-    per_device_train_batch_size: int = 64
-    per_device_eval_batch_size: int = 256
-    num_train_epochs: float = 30
-    warmup_steps: float = 50
-    weight_decay: float = 0.05
-    eval_strategy: str = "epoch"
-    save_strategy: str = "epoch"
-    save_total_limit: int | None = 2
-    load_best_model_at_end: bool = True
-    metric_for_best_model: str | None = "accuracy"
-    report_to: str | list[str] | None = "none"
+_DEFAULTS = {
+    "learning_rate": 2e-3,
+    "per_device_train_batch_size": 64,
+    "per_device_eval_batch_size": 256,
+    "num_train_epochs": 30,
+    "warmup_steps": 50,
+    "weight_decay": 0.05,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "accuracy",
+    "report_to": ["none"],
+    "disable_tqdm": True,
+}
 
 
 class Digits(Dataset[dict[str, torch.Tensor]]):
@@ -90,7 +87,9 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 def main() -> None:
     """Train, then print what each sub-net has reached."""
-    arguments, ast_arguments = HfArgumentParser((DigitsArguments, ASTArguments)).parse_args_into_dataclasses()
+    parser = HfArgumentParser((TrainingArguments, ASTArguments))
+    parser.set_defaults(**_DEFAULTS)
+    arguments, ast_arguments = parser.parse_args_into_dataclasses()
     set_seed(arguments.seed)
     trainer = Trainer(
         model=network(),
@@ -105,7 +104,8 @@ def main() -> None:
     metrics = trainer.evaluate()
     print(f"\nwithout a name: accuracy {metrics['eval_accuracy']:.4f}")
     for name in (key.split("_")[1] for key in metrics if key.endswith("_sparsity")):
-        print(f"{name}: accuracy {metrics[f'eval_{name}_accuracy']:.4f} at {metrics[f'eval_{name}_sparsity']:.1%} zeros")
+        figures = {what: metrics[f"eval_{name}_{what}"] for what in ("accuracy", "sparsity")}
+        print(f"{name}: accuracy {figures['accuracy']:.4f} with {figures['sparsity']:.1%} zeros")
 
 
 if __name__ == "__main__":

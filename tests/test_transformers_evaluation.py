@@ -231,7 +231,7 @@ def test_the_best_model_by_a_sub_net_comes_back_with_masks_and_private_state(tmp
     state = read_state(tmp_path / f"checkpoint-{best}")
     assert state is not None
     assert callback.ast is not None
-    now, then = (with_plain_entries(found) for found in (callback.ast.state_dict(), state))
+    now, then = (with_plain_entries(found) for found in (callback.ast.state_dict(), state.run))
     assert_same(now["masks"], then["masks"])
     assert_same(now["normalization"]["tensors"], then["normalization"]["tensors"])
     assert now["metrics"]["s80"]["loss"] == losses[best]

@@ -17,7 +17,8 @@ from ast_plugin.config import ASTConfig
 from ast_plugin.errors import ConfigError, WrapError
 from ast_plugin.integrations.transformers.evaluation import evaluate_each, sub_net_of
 from ast_plugin.integrations.transformers.saving import save_sub_nets, write_card
-from ast_plugin.integrations.transformers.state import write_state
+from ast_plugin.integrations.transformers.state import SavedState, write_state
+from ast_plugin.integrations.transformers.weights import fingerprint
 from ast_plugin.wrapping import ASTOptions
 
 if TYPE_CHECKING:
@@ -135,7 +136,8 @@ class Binding:
             return result
         folder = trainer.args.output_dir if output_dir is None else output_dir
         if self._in_checkpoint:
-            state = ast.state_dict(full=True)  # a collective where parameters are sharded
+            # Both are collectives where parameters are sharded.
+            state = SavedState(run=ast.state_dict(full=True), weights=fingerprint(ast.model))
             if trainer.args.should_save:
                 write_state(folder, state)
         if trainer.args.should_save:
