@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import gc
 import inspect
 import os
@@ -49,9 +50,12 @@ def gpt2(seed: int = 0, *, dropout: float = 0.0) -> GPT2LMHeadModel:
         n_head=2,
         bos_token_id=0,
         eos_token_id=0,
+        use_cache=False,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout),
     )
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # which is what it falls back to, with a warning
+    return model
 
 
 def resnet(seed: int = 0) -> ResNetForImageClassification:
@@ -60,7 +64,9 @@ def resnet(seed: int = 0) -> ResNetForImageClassification:
     config = ResNetConfig(
         num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5
     )
-    return ResNetForImageClassification(config)
+    model = ResNetForImageClassification(config)
+    model.accepts_loss_kwargs = False  # it takes the number of items in a batch, and averages its own all the same
+    return model
 
 
 def texts(count: int = 32, *, seed: int = 0, lengths: tuple[int, int] = (LENGTH, LENGTH)) -> list[dict[str, Tensor]]:
@@ -117,8 +123,17 @@ def trainer_of(folder: Path, *callbacks: TrainerCallback, kind: type[Trainer] = 
     own = usual | {name: value for name, value in given.items() if name in _OF_TRAINER}
     if "model_init" not in own:
         own.setdefault("model", gpt2())
+    before = dict(os.environ)
     args = arguments_of(folder, **{name: value for name, value in given.items() if name not in _OF_TRAINER})
-    return kind(args=args, callbacks=list(callbacks), **own)
+    trainer = kind(args=args, callbacks=list(callbacks), **own)
+    for name in set(os.environ) - set(before):  # precision and compilation, which the next Trainer would take over
+        del os.environ[name]
+    return trainer
+
+
+def known(*names: str) -> str:
+    """Return the first of an argument's names, newest first, that this version of transformers knows."""
+    return next(name for name in names if name in {field.name for field in dataclasses.fields(TrainingArguments)})
 
 
 def logged(trainer: Trainer, key: str) -> list[float]:
