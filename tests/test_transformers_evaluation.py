@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from networks import assert_same, snapshot
+from torch import nn
 from transformers import EarlyStoppingCallback, EvalPrediction, ProgressCallback, Trainer, TrainerCallback
 from transformers_runs import SUB_NETS, figures, gpt2, logged, pictures, resnet, sparse, texts, trainer_of
 
@@ -172,6 +173,39 @@ def test_a_trainer_with_an_evaluate_of_its_own_keeps_it(tmp_path: Path) -> None:
         assert metrics[f"eval_{name}_perplexity"] == math.exp(metrics[f"eval_{name}_loss"])
 
 
+def test_metrics_that_a_trainer_adds_when_it_logs_are_those_of_each_sub_net(tmp_path: Path) -> None:
+    class Counting(Trainer):
+        """As TRL's: figures are collected while batches pass, and come out in the log, under the usual prefix."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.losses: list[float] = []
+
+        def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(model, *args, **kwargs)
+            if not model.training:
+                self.losses.append(float(loss[0] if isinstance(loss, tuple) else loss))
+            return loss
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            if self.losses:
+                logs = {**logs, "eval_highest": max(self.losses)}
+                self.losses.clear()
+            super().log(logs, *args, **kwargs)
+
+    trainer = trainer_of(tmp_path, callback := sparse(), kind=Counting, eval_strategy="epoch", eval_dataset=texts(20))
+    trainer.train()
+    metrics = trainer.evaluate()
+    highest = [metrics[f"eval_{name}_highest"] for name in SUB_NETS]
+    assert len(set(highest)) == 3
+    assert metrics["eval_highest"] == highest[0]
+    assert logged(trainer, "eval_s90_highest")[-1] == highest[-1]
+    with callback.sub_net("s90"):
+        trainer.evaluate()
+    assert logged(trainer, "eval_highest")[-1] == highest[-1]
+    assert len(logged(trainer, "eval_loss")) == 4
+
+
 def test_an_error_inside_evaluation_leaves_trainer_and_model_as_they_were(tmp_path: Path) -> None:
     calls: Iterator[int] = iter(range(100))
 
@@ -185,6 +219,7 @@ def test_an_error_inside_evaluation_leaves_trainer_and_model_as_they_were(tmp_pa
     before, attributes = snapshot(trainer.model), set(vars(trainer))
     with pytest.raises(RuntimeError, match="no metric today"):
         trainer.evaluate()
+    assert not logged(trainer, "eval_loss")
     assert_same(snapshot(trainer.model), before)
     assert set(vars(trainer)) == attributes
     assert callback.ast is not None
