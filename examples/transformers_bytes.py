@@ -21,7 +21,6 @@ from ast_plugin.integrations.transformers import ASTCallback
 
 _CONTEXT = 128  # bytes that the network sees at once
 _HELD_OUT = 10  # one file in so many
-_EVALUATED = 512  # stretches of held-out text, spread evenly
 
 
 class Bytes(Dataset[dict[str, torch.Tensor]]):
@@ -109,7 +108,7 @@ def train(
         model=network(options.width),
         args=arguments,
         train_dataset=Bytes(text),
-        eval_dataset=Bytes(held_out, _EVALUATED),
+        eval_dataset=Bytes(held_out, options.stretches),
         callbacks=[callback],
     )
     began = time.monotonic()
@@ -128,6 +127,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of the one run")
     parser.add_argument("--width", type=int, default=96, help="hidden size")
     parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--stretches", type=int, default=512, help="of held-out text that are evaluated")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
