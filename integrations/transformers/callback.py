@@ -130,9 +130,7 @@ class ASTCallback(TrainerCallback):
         if self.ast is not None:
             self.ast.detach()
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tie the callback to the Trainer that is being made, and refuse what cannot work."""
         trainer = calling_trainer(self)
         if trainer is not None:
