@@ -141,11 +141,11 @@ class Binding:
             state = SavedState(run=ast.state_dict(full=True), weights=fingerprint(ast.model))
             if trainer.args.should_save:
                 write_state(folder, state)
-        if trainer.args.should_save:
+        if trainer.args.should_save or trainer.is_fsdp_enabled:  # of sharded parameters every rank has a part
             # Sub-nets that are still on their way are of use to a run that goes on, and to nobody else.
             save_sub_nets(ast, folder, elastic=not self._in_checkpoint or all(map(ast.is_near_target, ast.sub_nets)))
-            if not self._in_checkpoint:
-                write_card(ast, folder)
+        if trainer.args.should_save and not self._in_checkpoint:
+            write_card(ast, folder)
         return result
 
     def _create_card(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
