@@ -10,17 +10,14 @@ import dataclasses
 import fnmatch
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
-from ast_plugin.elastic_contents import ElasticContents
 from ast_plugin.elastic_file import ELASTIC, read_elastic
-from ast_plugin.elastic_fit import file_names, listing
 from ast_plugin.errors import ConfigError, ElasticFileError
 from ast_plugin.export_card import README, sub_net_section, with_section
-from ast_plugin.export_weights import WeightsEntry, WeightsFile, convertible, find_weights, write_weights_file
+from ast_plugin.export_names import differences, find_entries
+from ast_plugin.export_weights import find_weights, write_weights_file
 from ast_plugin.files import atomic_folder, file_path
-from ast_plugin.slots import plain_name
 
 _ADAPTER = "adapter_config.json"
 _FOLDERS = ("additional_chat_templates",)  # the one that stock loading looks into
@@ -82,16 +79,20 @@ def export_folder(folder: str | os.PathLike[str], name: str, target: str | os.Pa
             "the model and merge them: export_model(source, name, model).merge_and_unload().save_pretrained(folder)"
         )
     files, index = find_weights(source)
-    _check_fit(source, contents, files)
-    stored = file_names(contents)
+    entries = find_entries(contents, name, files)
+    found = differences(contents, files, entries)
+    if found:
+        raise ElasticFileError(
+            f"the model saved in {str(source)!r} is not as {ELASTIC} there has it: {'; '.join(found)}. Nothing was "
+            "written; save the model and its sub-nets at one time, or build the model as it was in training and let it "
+            "write the sub-net: export_pretrained(ast_plugin.load(path, model), name, model, folder)"
+        )
     written = [file.path.name for file in files]
     copied, left_out = _sorted_out(source, {*written, *([index.name] if index else [])})
 
     def fill(temporary: Path) -> None:
         for file in files:
-            write_weights_file(
-                file, temporary / file.path.name, lambda key: contents.tensor(name, stored[plain_name(key)])
-            )
+            write_weights_file(file, temporary / file.path.name, lambda key: contents.tensor(name, entries[key]))
         for file_name in copied:
             (temporary / file_name).parent.mkdir(exist_ok=True)
             _copy(source / file_name, temporary / file_name)
@@ -136,40 +137,3 @@ def _write_card(source: Path, target: Path, section: str) -> None:
             _copy(source, target)
             return
     target.write_bytes(with_section(text, section).encode("utf-8"))
-
-
-def _check_fit(folder: Path, contents: ElasticContents, files: list[WeightsFile]) -> None:
-    """Raise unless the saved model has the entries of the elastic file, each of its shape and kind of type."""
-    stored = file_names(contents)
-    saved = {entry.name: entry for file in files for entry in file.entries}
-    found = _differences(contents, stored, saved)
-    if found:
-        raise ElasticFileError(
-            f"the model saved in {str(folder)!r} is not as {ELASTIC} there has it: {'; '.join(found)}. Nothing was "
-            "written; build the model as it was in training and let it write the sub-net: "
-            "export_pretrained(ast_plugin.load(path, model), name, model, folder)"
-        )
-
-
-def _differences(contents: ElasticContents, stored: Mapping[str, str], saved: Mapping[str, WeightsEntry]) -> list[str]:
-    unknown, shapes, types = [], [], []
-    present = set()
-    for name, entry in saved.items():
-        own = contents.entries.get(stored.get(plain_name(name), ""))
-        if own is None:
-            unknown.append(name)
-            continue
-        present.add(own.same_as or own.name)
-        if own.shape != entry.shape:
-            shapes.append(f"{name} is {own.shape} in the elastic file and {entry.shape} in the model")
-        elif not convertible(own.torch_dtype, entry.dtype):
-            types.append(f"{name} is {own.dtype} in the elastic file and {str(entry.dtype)[6:]} in the model")
-    # Of tied tensors one is saved, under any of their names. What is tied in the model alone lacks here.
-    absent = [name for name, own in contents.entries.items() if (own.same_as or name) not in present]
-    lines = (
-        listing("the elastic file lacks", unknown),
-        listing("the saved model lacks", absent),
-        listing("other shape:", shapes),
-        listing("other type:", types),
-    )
-    return [line for line in lines if line]

@@ -173,8 +173,13 @@ def convertible(stored: torch.dtype, wanted: torch.dtype) -> bool:
     return stored == wanted or (stored.is_floating_point and wanted.is_floating_point)
 
 
+def as_integers(tensor: Tensor) -> Tensor:
+    """Return the bits of a CPU tensor as integers of the same size, one-dimensional."""
+    return tensor.contiguous().reshape(-1).view(_INTEGERS[tensor.element_size()])
+
+
 def _as_bytes(tensor: Tensor) -> memoryview:
-    array = tensor.contiguous().reshape(-1).view(_INTEGERS[tensor.element_size()]).numpy()
+    array = as_integers(tensor).numpy()
     return array.astype(array.dtype.newbyteorder("<"), copy=False).data
 
 

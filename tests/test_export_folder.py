@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +191,9 @@ def test_of_tied_weights_those_names_are_written_that_were_saved(tmp_path: Path,
 
 def test_a_tie_that_the_elastic_file_does_not_know_is_refused(tmp_path: Path) -> None:
     model = Tied()
-    model.head.weight = nn.Parameter(torch.randn(6, 4))  # in training apart, saved as one
     folder = tmp_path / "saved"
-    save_model(folder, {key: tensor for key, tensor in Tied().state_dict().items() if key != "head.weight"})
+    save_model(folder, {key: tensor for key, tensor in model.state_dict().items() if key != "head.weight"})
+    model.head.weight = nn.Parameter(torch.randn(6, 4))  # in training apart, saved as one
     masks = random_masks(model, ("hidden.weight",))
     write_elastic(folder / ELASTIC, state=model.state_dict(), masks=masks, private={}, header={})
     with pytest.raises(ElasticFileError, match=r"the saved model lacks head\.weight\. Nothing was written"):
@@ -249,6 +249,120 @@ def test_weights_of_a_quantized_type_are_refused(saved: Path) -> None:
     save_model(saved, changed(network().state_dict(), hidden__weight=torch.ones(7, 7).to(torch.float8_e4m3fn)))
     with pytest.raises(ElasticFileError, match=r"'hidden\.weight' in .* is of type F8_E4M3, as quantized models are"):
         export(saved)
+
+
+# ------------------------------------------------------------------------------------------- names and values
+
+
+class Alike(nn.Module):
+    """Five layers of one shape, which names or values must tell apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(5))
+
+
+@pytest.fixture
+def alike(tmp_path: Path) -> dict[str, Tensor]:
+    """Save an elastic file of five layers of one shape and return the dense state dict."""
+    torch.manual_seed(0)
+    model = Alike()
+    masks = random_masks(model, [f"layers.{number}.weight" for number in range(5)])
+    (tmp_path / "saved").mkdir()
+    state = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+    write_elastic(tmp_path / "saved" / ELASTIC, state=state, masks=masks, private={}, header={})
+    return state
+
+
+def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # Backwards too, so that no order of names could tell.
+    return {key.replace("layers.", "old.part.")[::-1]: tensor for key, tensor in reversed(state.items())}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_under_other_names_are_known_by_their_values(
+    alike: dict[str, Tensor], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    save_model(tmp_path / "saved", {key: tensor.to(dtype) for key, tensor in renamed(alike).items()}, shards=2)
+    export(tmp_path / "saved")
+    found = {key: t for path in (tmp_path / "out").glob("*.safetensors") for key, t in load_file(path).items()}
+    wanted = renamed(read_elastic(tmp_path / "saved").materialize("s80"))
+    assert sorted(found) == sorted(wanted)
+    assert all(torch.equal(found[key], tensor.to(dtype)) for key, tensor in wanted.items())
+
+
+def test_names_that_changed_places_are_told_by_their_values(alike: dict[str, Tensor], tmp_path: Path) -> None:
+    swapped = {**alike, "layers.0.weight": alike["layers.3.weight"], "layers.3.weight": alike["layers.0.weight"]}
+    save_model(tmp_path / "saved", swapped)
+    export(tmp_path / "saved")
+    found = load_file(tmp_path / "out" / MODEL)
+    wanted = read_elastic(tmp_path / "saved").materialize("s80")
+    assert torch.equal(found["layers.0.weight"], wanted["layers.3.weight"])
+    assert torch.equal(found["layers.3.weight"], wanted["layers.0.weight"])
+    assert torch.equal(found["layers.1.weight"], wanted["layers.1.weight"])
+
+
+@pytest.mark.parametrize(
+    "change", [lambda weight: weight.T.contiguous(), lambda weight: weight.flip(0), torch.zeros_like]
+)
+def test_values_in_another_order_or_of_another_moment_are_refused(
+    alike: dict[str, Tensor], tmp_path: Path, change: Callable[[Tensor], Tensor]
+) -> None:
+    save_model(tmp_path / "saved", {**alike, "layers.2.weight": change(alike["layers.2.weight"])})
+    with pytest.raises(ElasticFileError, match=r"there has it: other values: layers\.2\.weight\. Nothing was written"):
+        export(tmp_path / "saved")
+
+
+def test_dropped_weights_of_the_dense_model_do_not_matter(alike: dict[str, Tensor], tmp_path: Path) -> None:
+    changed_weights = dict(alike)
+    save_model(tmp_path / "saved", alike)
+    contents = read_elastic(tmp_path / "saved")
+    for name in contents.parameters:
+        dropped = ~(contents.mask("s50", name) | contents.mask("s80", name))
+        assert dropped.any()
+        changed_weights[name] = torch.where(dropped, torch.full_like(alike[name], 9.0), alike[name])
+    save_model(tmp_path / "saved", changed_weights)
+    export(tmp_path / "saved")
+    found = load_file(tmp_path / "out" / MODEL)
+    assert all(torch.equal(found[key], tensor) for key, tensor in contents.materialize("s80").items())
+
+
+def test_equal_values_that_a_sub_net_masks_in_different_ways_are_not_guessed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Alike()
+    for layer in model.layers:
+        layer.load_state_dict(model.layers[0].state_dict())
+    names = [f"layers.{number}.weight" for number in range(5)]
+    masks = random_masks(model, names)
+    folder = tmp_path / "saved"
+    save_model(folder, renamed({key: tensor.clone() for key, tensor in model.state_dict().items()}))
+    write_elastic(folder / ELASTIC, state=model.state_dict(), masks=masks, private={}, header={})
+    with pytest.raises(ElasticFileError, match="the elastic file lacks thgiew"):
+        export(folder)
+    for name in SUB_NETS:
+        for parameter in names:  # the same masks: now it does not matter which is which
+            masks.set(name, parameter, masks.get(name, names[0]))
+    write_elastic(folder / ELASTIC, state=model.state_dict(), masks=masks, private={}, header={})
+    export(folder)
+    found = load_file(tmp_path / "out" / MODEL)
+    wanted = read_elastic(folder).materialize("s80")["layers.0.weight"]
+    assert sum(torch.equal(tensor, wanted) for tensor in found.values()) == 5
+
+
+def test_normalization_state_that_was_estimated_anew_is_taken(saved: Path, tmp_path: Path) -> None:
+    assert not torch.equal(network().norm.running_mean, want("s80")["norm.running_mean"])
+    export(saved)
+    assert torch.equal(load_file(tmp_path / "out" / MODEL)["norm.running_mean"], want("s80")["norm.running_mean"])
+
+
+def test_values_that_are_no_numbers_are_compared_too(alike: dict[str, Tensor], tmp_path: Path) -> None:
+    state = {key: torch.full_like(tensor, torch.nan) for key, tensor in alike.items()}
+    masks = read_elastic(tmp_path / "saved").masks
+    write_elastic(tmp_path / "saved" / ELASTIC, state=state, masks=masks, private={}, header={})
+    save_model(tmp_path / "saved", state)
+    export(tmp_path / "saved")
+    found = load_file(tmp_path / "out" / MODEL)["layers.0.weight"]
+    assert torch.equal(found.isnan(), masks.get("s80", "layers.0.weight"))
 
 
 # ------------------------------------------------------------------------------------- what is there beside

@@ -15,8 +15,9 @@ from transformers import Trainer, TrainerCallback
 
 from ast_plugin.config import ASTConfig
 from ast_plugin.errors import ConfigError, WrapError
+from ast_plugin.integrations.transformers.card import write_card
 from ast_plugin.integrations.transformers.evaluation import evaluate_each, sub_net_of
-from ast_plugin.integrations.transformers.saving import save_sub_nets, write_card
+from ast_plugin.integrations.transformers.saving import save_sub_nets
 from ast_plugin.integrations.transformers.state import write_state
 from ast_plugin.wrapping import ASTOptions
 
