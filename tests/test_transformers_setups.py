@@ -35,9 +35,7 @@ def test_training_is_the_plain_trainers_and_the_loops(
     given = {"model": model, "train_dataset": data, "gradient_accumulation_steps": steps}
     assert_as_plain(tmp_path, **given)
     trainer = assert_as_loop(tmp_path, **given, loss=loss)
-    assert [len(batches) for _, batches in sorted(trainer.batches.items())] == (
-        [1] * 16 if steps == 1 else [3, 3, 2] * 2
-    )
+    assert [len(batches) for batches in trainer.steps] == ([1] * 16 if steps == 1 else [3, 3, 2] * 2)
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.1])
@@ -53,7 +51,7 @@ class Norms(Recording):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         ast = self.callback_handler.callbacks[0].ast
-        if self.state.global_step not in self.batches:
+        if self.state.global_step != self._last:
             self.masks = ast.masks.of(ast.active)
             self.copied = copy.deepcopy(self.model)
             with torch.no_grad():
@@ -61,7 +59,7 @@ class Norms(Recording):
                     self.copied.get_parameter(name).mul_(mask)
         self.copied(**inputs, num_items_in_batch=num_items_in_batch).loss.backward()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if len(self.batches[self.state.global_step]) == 2:
+        if len(self.steps[-1]) == 2:
             gradients = {name: parameter.grad.double() for name, parameter in self.copied.named_parameters()}
             squares = [(gradient * self.masks.get(name, 1)).square().sum() for name, gradient in gradients.items()]
             self.by_hand.append(sum(squares).sqrt().item())
@@ -123,7 +121,7 @@ def smoothed_loss(model: Any, batch: Batch, parts: int) -> Tensor:
 
 def test_label_smoothing(tmp_path: Path) -> None:
     assert_as_plain(tmp_path, label_smoothing_factor=SMOOTHING)
-    assert_as_loop(tmp_path, label_smoothing_factor=SMOOTHING, loss=smoothed_loss)
+    assert_as_loop(tmp_path, label_smoothing_factor=SMOOTHING, loss=smoothed_loss, rtol=1e-4)
 
 
 class NotANumber(Trainer):

@@ -23,15 +23,23 @@ Loss = Callable[[Any, Batch, int], Tensor]
 
 
 class Recording(Trainer):
-    """A Trainer that keeps the batches of each step."""
+    """A Trainer that keeps the batches of each step.
+
+    Attributes:
+        steps: The micro-batches of every step, of all calls of ``train()``.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        self.batches: dict[int, list[Batch]] = {}
+        self.steps: list[list[Batch]] = []
+        self._last = -1
         super().__init__(*args, **options)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         copied = {name: value.clone() for name, value in inputs.items()}
-        self.batches.setdefault(self.state.global_step, []).append((copied, num_items_in_batch, torch.get_rng_state()))
+        if self.state.global_step != self._last:
+            self.steps.append([])
+            self._last = self.state.global_step
+        self.steps[-1].append((copied, num_items_in_batch, torch.get_rng_state()))
         return super().training_step(model, inputs, num_items_in_batch)
 
 
@@ -46,28 +54,35 @@ def mean_loss(model: Any, batch: Batch, parts: int) -> Tensor:
     return model(**batch[0]).loss / parts
 
 
-def assert_as_plain(folder: Path, *, model: Callable[[], nn.Module] = gpt2, **given: Any) -> Trainer:
+def assert_as_plain(
+    folder: Path,
+    *,
+    model: Callable[[], nn.Module] = gpt2,
+    train: Callable[[Trainer], object] = Trainer.train,
+    **given: Any,
+) -> Trainer:
     """Train with one sub-net at sparsity 0 without correction, and without this package: bit-identical, as is the log.
 
     Args:
         folder: Where the Trainers write.
         model: Makes the model.
-        **given: Arguments of `trainer_of`; an iterator is used up, so data and optimizers are given as functions.
+        train: What is done with the Trainer.
+        **given: Arguments of `trainer_of`, where `train_dataset` is a function that makes it, and `optimizers` one that
+            makes both for a model.
 
     Returns:
         The Trainer with the callback.
     """
     found = []
     for callbacks in ((), (ASTCallback(sparsities=(0.0,), correction="off"),)):
-        made = {name: value() if name in ("train_dataset", "optimizers") else value for name, value in given.items()}
-        trainer = trainer_of(folder, *callbacks, model=model(), **made)
-        trainer.train()
+        trainer = _trainer(folder, *callbacks, model=model(), given=given)
+        train(trainer)
         optimizer = trainer.optimizer.optimizer
         named = {name: dict(optimizer.state.get(p, {})) for name, p in trainer.model.named_parameters()}
         log = {key: logged(trainer, key) for key in ("loss", "grad_norm", "learning_rate", "eval_loss")}
         found.append({"model": snapshot(trainer.model), "optimizer": named, "log": log})
     assert callbacks[0].ast is not None
-    assert callbacks[0].ast.step == trainer.state.global_step > 0
+    assert callbacks[0].ast.step > 0
     assert_same(*found)
     return trainer
 
@@ -80,6 +95,7 @@ def assert_as_loop(
     forward: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     prepare: Callable[[Any], Any] = lambda model: model,
     options: dict[str, Any] | None = None,
+    trainings: int = 1,
     rtol: float = 0.0,
     **given: Any,
 ) -> Recording:
@@ -95,45 +111,50 @@ def assert_as_loop(
         forward: A context around each forward pass.
         prepare: What is done to the model by hand, before it is called.
         options: Settings of the run beside `BUSY`.
+        trainings: How often ``train()`` is called; the scheduler begins anew each time.
         rtol: Tolerance of weights and log.
-        **given: Arguments of `trainer_of`; data and optimizers as functions.
+        **given: As for `assert_as_plain`.
     """
     settings = {**BUSY, **(options or {})}
-    made = {name: value() if name in ("train_dataset", "optimizers") else value for name, value in given.items()}
     callback = sparse(**settings)
-    trainer = trainer_of(folder, callback, model=model(), kind=Recording, **made)
+    trainer = _trainer(folder, callback, model=model(), given={"kind": Recording, **given})
     assert isinstance(trainer, Recording)
-    trainer.train()
+    norms: list[float] = []
+    for _ in range(trainings):
+        trainer.train()
+        norms += logged(trainer, "grad_norm")
     assert callback.ast is not None
-    steps = [trainer.batches[number] for number in sorted(trainer.batches)]
-    assert len(steps) == trainer.state.max_steps
+    number = trainer.state.max_steps
+    assert len(trainer.steps) == trainings * number
 
     network = model()
-    made = {name: value for name, value in given.items() if name != "train_dataset"}
-    if "optimizers" in given:
-        made["optimizers"] = given["optimizers"](network)
-    builder = trainer_of(folder, model=network, **made)
-    builder.create_optimizer_and_scheduler(len(steps))
+    builder = _trainer(folder, model=network, given=given)
+    builder.create_optimizer_and_scheduler(number)
     optimizer, scheduler, limit = builder.optimizer, builder.lr_scheduler, builder.args.max_grad_norm
     ast = ast_plugin.wrap(
         optimizer,
         network,
         plugins=[TransformersSelection()],
-        total_steps=len(steps),
+        total_steps=number,
         steps_per_epoch=callback.ast.config.steps_per_epoch,
         seed=builder.args.seed,
         **settings,
     )
     called = prepare(network)
-    norms = []
+    by_hand = []
     network.train()
-    for batches in steps:
+    if hasattr(optimizer, "train"):  # schedule-free methods
+        optimizer.train()
+    for index, batches in enumerate(trainer.steps):
+        if index and index % number == 0:
+            builder.lr_scheduler = None
+            scheduler = builder.create_scheduler(number, optimizer)
         for batch in batches:
             torch.set_rng_state(batch[-1])
             with forward():
                 part = loss(called, batch, len(batches))
             part.backward()
-        norms.append(nn.utils.clip_grad_norm_(network.parameters(), limit if limit > 0 else float("inf")))
+        by_hand.append(nn.utils.clip_grad_norm_(network.parameters(), limit if limit > 0 else float("inf")).item())
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -141,8 +162,17 @@ def assert_as_loop(
     assert ast.statistics()["conflicts"] > 0
     assert_runs_agree(callback.ast, ast, rtol=rtol)
     if limit > 0:  # older versions log none without clipping
-        torch.testing.assert_close(logged(trainer, "grad_norm"), [norm.item() for norm in norms], rtol=rtol, atol=0.0)
+        torch.testing.assert_close(norms, by_hand, rtol=rtol, atol=0.0)
     return trainer
+
+
+def _trainer(folder: Path, *callbacks: ASTCallback, model: nn.Module, given: dict[str, Any]) -> Trainer:
+    made = dict(given)
+    if "train_dataset" in given:
+        made["train_dataset"] = given["train_dataset"]()
+    if "optimizers" in given:
+        made["optimizers"] = given["optimizers"](model)
+    return trainer_of(folder, *callbacks, model=model, **made)
 
 
 def assert_runs_agree(
