@@ -293,6 +293,18 @@ def test_on_the_way_to_its_sparsity_no_sub_net_is_the_best(tmp_path: Path) -> No
     assert trainer.state.global_step == trainer.state.best_global_step + 2  # early stopping counts from there
 
 
+def test_saving_the_best_alone_begins_when_the_sub_net_is_there(tmp_path: Path) -> None:
+    callback = ASTCallback(sparsities=(0.5, 0.95))
+    options = {**BEST, "save_strategy": "best", "load_best_model_at_end": False}
+    trainer = trainer_of(tmp_path, callback, metric_for_best_model="eval_s95_loss", greater_is_better=True, **options)
+    trainer.train()
+    evaluated = {entry["step"]: entry for entry in trainer.state.log_history if "eval_loss" in entry}
+    saved = sorted(int(path.name.removeprefix("checkpoint-")) for path in tmp_path.glob("checkpoint-*"))
+    there = [step for step, entry in evaluated.items() if entry["eval_s95_sparsity"] > 0.94]
+    assert saved[0] == there[0] > 2
+    assert all((tmp_path / f"checkpoint-{step}" / "ast_state.pt").is_file() for step in saved)
+
+
 def test_the_sub_net_that_a_metric_names() -> None:
     assert sub_net_of("eval_s95_loss", SUB_NETS) is None
     assert sub_net_of("eval_s90_loss", SUB_NETS) == "s90"
