@@ -95,7 +95,7 @@ def _usage(ast: AlternatingSparseTraining) -> list[str]:
     """Return how to load the sub-nets."""
     model, name = bare_model(ast.model), class_name(ast.model)
     sparsest = min(ast.sub_nets, key=ast.masks.kept)
-    known = type(model).__module__.partition(".")[0] == "transformers"
+    known = any(c.__name__ == name and c.__module__.startswith("transformers.") for c in type(model).__mro__)
     loading = (
         f"model = {name}.from_pretrained(folder)  # the dense weights"
         if callable(getattr(model, "from_pretrained", None))
