@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from networks import assert_same, sgd, snapshot
 from torch import Tensor
 from torch.utils.data import IterableDataset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer
 from transformers_loops import assert_as_loop, assert_as_plain
-from transformers_runs import BUSY, SUB_NETS, figures, gpt2, known, logged, sparse, texts, trainer_of
+from transformers_runs import BUSY, SUB_NETS, Stop, figures, gpt2, known, logged, sparse, texts, trainer_of
 
 import ast_plugin
 from ast_plugin.integrations.transformers import TransformersSelection
@@ -64,35 +63,19 @@ def test_streams(tmp_path: Path, count: int) -> None:
     assert_as_loop(tmp_path, **given)
 
 
-class Stop(TrainerCallback):
-    """Ends training at an event of a step."""
-
-    def __init__(self, event: str, step: int) -> None:
-        self.event, self.step = event, step
-
-    def _stop(self, event: str, state: Any, control: Any) -> None:
-        control.should_training_stop |= event == self.event and state.global_step == self.step
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._stop("on_substep_end", state, control)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._stop("on_step_end", state, control)
-
-
 def test_training_may_end_between_two_micro_batches(tmp_path: Path) -> None:
     # The gradient of the first is there, and stays; the sub-nets are as far as they had come.
     given = {"gradient_accumulation_steps": 2, "max_steps": 12}
 
     def train(trainer: Trainer) -> None:
-        trainer.add_callback(Stop("on_substep_end", 5))
+        trainer.add_callback(Stop(5, "on_substep_end"))
         trainer.train()
         assert trainer.state.global_step == 5
 
     assert_as_plain(tmp_path, train=train, **given)
     callbacks = sparse(method="granet"), sparse(method="granet")
-    trainer = trainer_of(tmp_path, callbacks[0], Stop("on_substep_end", 5), **given)
-    other = trainer_of(tmp_path, callbacks[1], Stop("on_step_end", 5), **given)
+    trainer = trainer_of(tmp_path, callbacks[0], Stop(5, "on_substep_end"), **given)
+    other = trainer_of(tmp_path, callbacks[1], Stop(5), **given)
     trainer.train()
     other.train()
     for ast in (callback.ast for callback in callbacks):

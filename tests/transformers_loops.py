@@ -167,12 +167,13 @@ def assert_as_loop(
 
 
 def _trainer(folder: Path, *callbacks: ASTCallback, model: nn.Module, given: dict[str, Any]) -> Trainer:
-    made = dict(given)
+    made = {} if "model_init" in given else {"model": model}
+    made |= given
     if "train_dataset" in given:
         made["train_dataset"] = given["train_dataset"]()
     if "optimizers" in given:
         made["optimizers"] = given["optimizers"](model)
-    return trainer_of(folder, *callbacks, model=model, **made)
+    return trainer_of(folder, *callbacks, **made)
 
 
 def assert_runs_agree(

@@ -131,6 +131,17 @@ def trainer_of(folder: Path, *callbacks: TrainerCallback, kind: type[Trainer] = 
     return trainer
 
 
+class Stop(TrainerCallback):
+    """Ends training at a step, at its end or between two of its micro-batches."""
+
+    def __init__(self, step: int, event: str = "on_step_end") -> None:
+        self.step = step
+        setattr(self, event, self._stop)
+
+    def _stop(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop |= state.global_step == self.step
+
+
 def known(*names: str) -> str:
     """Return the first of an argument's names, newest first, that this version of transformers knows."""
     return next(name for name in names if name in {field.name for field in dataclasses.fields(TrainingArguments)})

@@ -73,6 +73,7 @@ class Binding:
         self._in_checkpoint = False
         self._before: dict[str, Any] = {}
         for name, around in {
+            "training_step": self._training_step,
             "_load_optimizer_and_scheduler": self._load,
             "evaluate": self._evaluate,
             "_determine_best_metric": self._determine_best,
@@ -105,6 +106,15 @@ class Binding:
     def _load(self, method: Callable[..., Any], checkpoint: str | None, *args: Any, **options: Any) -> Any:
         self._resumed = checkpoint
         return method(checkpoint, *args, **options)
+
+    def _training_step(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        try:
+            return method(*args, **options)
+        except BaseException:
+            # torch tells hooks of ordinary exceptions alone: after Ctrl-C in a forward pass a sub-net would stay on.
+            if self._callback.ast is not None:
+                self._callback.ast.model.state_dict()
+            raise
 
     def _evaluate(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         ast = self._callback.ast
