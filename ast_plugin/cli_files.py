@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ast_plugin.elastic_contents import ElasticContents
-from ast_plugin.elastic_file import read_elastic
+from ast_plugin.elastic_file import ELASTIC, read_elastic
 from ast_plugin.errors import ConfigError, StateError
-from ast_plugin.export import export_state_dict
+from ast_plugin.export import SUFFIXES, export_state_dict
+from ast_plugin.export_folder import export_folder
 from ast_plugin.report import Report
 from ast_plugin.report_format import clean, count, decimals, grouped, percent, shape
 from ast_plugin.report_text import TextTable, plain_table
+
+_FILE = f"an elastic file, or a folder with one named {ELASTIC}"
 
 
 def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,11 +27,11 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "inspect",
         "say what an elastic file holds: sub-nets, stored tensors, settings",
         "ast-plugin inspect elastic.safetensors\n"
-        "  ast-plugin inspect elastic.safetensors --tensors\n"
+        "  ast-plugin inspect saved-model --tensors\n"
         "  ast-plugin inspect elastic.safetensors --json | jq '.sub_nets[].name'",
     )
     inspect.set_defaults(run=run_inspect)
-    inspect.add_argument("file", type=Path, metavar="FILE", help="an elastic file")
+    inspect.add_argument("file", type=Path, metavar="FILE", help=_FILE)
     inspect.add_argument("--tensors", action="store_true", help="list every entry of the state dict too")
     inspect.add_argument("--json", action="store_true", help="print JSON instead")
 
@@ -41,7 +44,7 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "  ast-plugin report report.json --layers",
     )
     report.set_defaults(run=run_report)
-    report.add_argument("file", type=Path, metavar="FILE", help="an elastic file, or a report as .json")
+    report.add_argument("file", type=Path, metavar="FILE", help=f"{_FILE}, or a report as .json")
     report.add_argument("--layers", action="store_true", help="add the sparsity of every layer")
     report.add_argument("--html", type=Path, metavar="PATH", help="write the page with pictures there as well")
     report.add_argument("--json", action="store_true", help="print JSON instead of the table")
@@ -49,29 +52,32 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     export = _command(
         commands,
         "export",
-        "write one sub-net as an ordinary state dict, which loads without this package",
+        "write one sub-net as an ordinary state dict or saved model, which loads without this package",
         "ast-plugin export elastic.safetensors --sub-net s95 --to s95.safetensors\n"
-        "  ast-plugin export elastic.safetensors --sub-net 2:4 --to half.pt",
+        "  ast-plugin export elastic.safetensors --sub-net 2:4 --to half.pt\n"
+        "  ast-plugin export saved-model --sub-net s95 --to saved-model-s95",
     )
     export.set_defaults(run=run_export)
-    export.add_argument("file", type=Path, metavar="FILE", help="an elastic file")
+    export.add_argument("file", type=Path, metavar="FILE", help=_FILE)
     export.add_argument("--sub-net", required=True, metavar="NAME", help="which one; 'inspect' lists them")
     export.add_argument(
         "--to",
         required=True,
         type=Path,
         metavar="PATH",
-        help="file to write; its suffix (.safetensors, .pt or .pth) says how",
+        help="file to write, whose suffix (.safetensors, .pt or .pth) says how; if FILE is a folder with a saved model "
+        "beside the elastic file, also a folder to write",
     )
 
 
 def run_inspect(args: argparse.Namespace) -> int:
     """Print what an elastic file holds."""
     contents = read_elastic(args.file)
+    file = Path(contents.path)
     if args.json:
-        print(json.dumps(_description(args.file, contents), indent=1, allow_nan=False))
+        print(json.dumps(_description(file, contents), indent=1, allow_nan=False))
         return 0
-    print(f"{clean(args.file)}: {count(args.file.stat().st_size)}B, {len(contents.sub_nets)} sub-nets of one network")
+    print(f"{clean(file)}: {count(file.stat().st_size)}B, {len(contents.sub_nets)} sub-nets of one network")
     print(f"default sub-net: {clean(contents.default_sub_net)}\n")
     print(plain_table(_sub_net_table(contents)))
     kinds = Counter(entry.kind for entry in contents.entries.values())
@@ -91,8 +97,8 @@ def run_report(args: argparse.Namespace) -> int:
     """Print the report of a run, and write its page if asked to."""
     if args.html is not None:
         _check_other_file("--html", args.html, args.file)
-    if args.file.suffix == ".json":
-        if args.file.exists() and not (args.file.is_file() or args.file.is_dir()):
+    if args.file.suffix == ".json" and not args.file.is_dir():
+        if args.file.exists() and not args.file.is_file():
             raise StateError(f"{str(args.file)!r} is no regular file; give a report.json, or an elastic file")
         try:
             values = json.loads(args.file.read_text(encoding="utf-8"))
@@ -115,7 +121,9 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    """Write one sub-net as a state dict."""
+    """Write one sub-net as a state dict, or as a folder like the one that the model was saved in."""
+    if args.file.is_dir() and args.to.suffix.lower() not in SUFFIXES:
+        return _export_folder(args)
     contents = read_elastic(args.file)
     _check_other_file("--to", args.to, args.file)
     export_state_dict(contents, args.sub_net, args.to)
@@ -132,8 +140,25 @@ def run_export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export_folder(args: argparse.Namespace) -> int:
+    done = export_folder(args.file, args.sub_net, args.to)
+    first, *others = done.weights
+    more = f" and {len(others)} more" if others else ""
+    print(f"{clean(args.to)}: sub-net {clean(args.sub_net)} in {clean(first)}{more}.")
+    print(f"Copied: {', '.join(map(clean, done.copied)) or 'no other file'}.")
+    if done.left_out:
+        print(f"Left out: {', '.join(map(clean, done.left_out))}.")
+    print(
+        "Load it as the dense model is loaded, without this package, for example:\n"
+        f"  model = AutoModel.from_pretrained({json.dumps(str(args.to), ensure_ascii=False)})"
+    )
+    return 0
+
+
 def _check_other_file(option: str, path: Path, source: Path) -> None:
     """Refuse to write over the file that is being read."""
+    if source.is_dir():
+        source /= ELASTIC
     if path.exists() and source.exists() and path.samefile(source):
         raise ConfigError(
             f"{option} {str(path)!r} is the file that is read; give another path, it would be overwritten"

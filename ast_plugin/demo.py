@@ -28,12 +28,12 @@ from ast_plugin.demo_data import TEST_IMAGES, TEST_VIEWS, TRAIN_IMAGES, load_dig
 from ast_plugin.demo_progress import progress
 from ast_plugin.demo_run import DemoRun, read_state
 from ast_plugin.demo_settings import DemoSettings
+from ast_plugin.elastic_file import ELASTIC
 from ast_plugin.errors import ConfigError, MissingExtraError, StateError
 from ast_plugin.report import Report
 
 DEFAULT_OUTPUT = Path("demo-run")
 CHECKPOINT = "checkpoint.pt"
-ELASTIC = "elastic.safetensors"
 PAGE = "report.html"
 NUMBERS = "report.json"
 

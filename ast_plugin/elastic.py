@@ -44,7 +44,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> Elastic:
     model's tensors has. The default sub-net is active afterwards; training mode and ``requires_grad`` stay as they are.
 
     Args:
-        path: An elastic file.
+        path: An elastic file, or a folder with one named ``elastic.safetensors``.
         model: The network, built as it was for training; also compiled, or wrapped for data-parallel use.
 
     Raises:

@@ -189,6 +189,26 @@ class ElasticContents:
         # Filled, never multiplied: a dropped infinity times zero would be NaN.
         return full.masked_fill_(mask.logical_not_(), 0).reshape(entry.shape)
 
+    def dense_values(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Return what the file knows of an entry as the dense model had it, with the default's normalization state.
+
+        Args:
+            name: The entry.
+
+        Returns:
+            The values, one-dimensional, and a bool tensor over all places in row-major order, True where they stand:
+            where some sub-net keeps the weight. None instead of it if there is a value everywhere.
+
+        Raises:
+            ConfigError: If there is no such entry.
+        """
+        entry = self.entries.get(name)
+        if entry is not None and entry.same_as is not None:
+            return self.dense_values(entry.same_as)
+        if entry is not None and entry.kind == "masked":
+            return self._tensors[tensor_key("values", name)], self._union(name)
+        return self.tensor(self.default_sub_net, name).reshape(-1), None
+
     def materialize(self, name: str) -> dict[str, Tensor]:
         """Return a sub-net as an ordinary state dict.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,13 @@ from torch import Tensor
 from ast_plugin.config import ASTConfig
 from ast_plugin.elastic_contents import ElasticContents, StoredSubNet, StoredTensor, tensor_key
 from ast_plugin.errors import ASTError, ConfigError, ElasticFileError, near_names
+from ast_plugin.files import file_path
 from ast_plugin.masks import MaskStore, pack_bits
 from ast_plugin.sealed_file import read_sealed, write_sealed
+
+ELASTIC = "elastic.safetensors"  # its name in a folder that holds other files of the model too
+
+_SHOWN = 5  # names of a folder's contents that a message lists
 
 
 def write_elastic(
@@ -93,16 +99,51 @@ def write_elastic(
     )
 
 
+def elastic_path(path: str | os.PathLike[str]) -> Path:
+    """Return where the elastic file is: `path` itself, or in the folder `path` the file ``elastic.safetensors``.
+
+    Args:
+        path: A file, which is not looked for, or a folder.
+
+    Raises:
+        ConfigError: If `path` is no path.
+        ElasticFileError: If a folder has no such file; the message lists what it has.
+    """
+    found = file_path(path)
+    if not found.is_dir():
+        return found
+    inside = found / ELASTIC
+    if inside.exists():
+        return inside
+    try:
+        there = sorted(found.iterdir())
+    except OSError as error:
+        raise ElasticFileError(f"cannot look into the folder {os.fspath(path)!r}: {error.strerror or error}") from error
+    below = [entry.name for entry in there if (entry / ELASTIC).is_file()]
+    names = [entry.name for entry in there]
+    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    remedy = (
+        f"give one of the folders in it that have one: {', '.join(below)}"
+        if below
+        else f"give the elastic file itself, or write one there with save({os.fspath(inside)!r})"
+    )
+    raise ElasticFileError(
+        f"the folder {os.fspath(path)!r} holds no {ELASTIC}; it holds {shown or 'nothing'}; {remedy}"
+    )
+
+
 def read_elastic(path: str | os.PathLike[str]) -> ElasticContents:
     """Read an elastic file, without a model.
 
     Args:
-        path: A file that `write_elastic` wrote.
+        path: A file that `write_elastic` wrote, or a folder with one named ``elastic.safetensors``.
 
     Raises:
+        ConfigError: If `path` is no path.
         ElasticFileError: If the file is missing, foreign, truncated, damaged, or of a newer format version; the message
             says which, and what to do.
     """
+    path = elastic_path(path)
     header, tensors = read_sealed(path)
     try:
         return ElasticContents(path=os.fspath(path), header=header, tensors=tensors)

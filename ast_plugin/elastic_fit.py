@@ -109,15 +109,15 @@ def _differences(contents: ElasticContents, tensors: ModelTensors) -> list[str]:
             elif not _convertible(entry, tensor):
                 dtypes.append(f"{name} is {entry.dtype} in the file and {str(tensor.dtype)[6:]} in the model")
     found = [
-        _listing("the model lacks", [name for name in names if name not in tensors]),
-        _listing("the file lacks", [name for name in tensors if name not in names]),
-        _listing("other shape:", shapes),
-        _listing("other type:", dtypes),
-        _listing("cannot be loaded into:", kinds),
-        _listing("no parameter or buffer, so it cannot be loaded into:", tensors.unreachable),
+        listing("the model lacks", [name for name in names if name not in tensors]),
+        listing("the file lacks", [name for name in tensors if name not in names]),
+        listing("other shape:", shapes),
+        listing("other type:", dtypes),
+        listing("cannot be loaded into:", kinds),
+        listing("no parameter or buffer, so it cannot be loaded into:", tensors.unreachable),
     ]
     if not any(found):
-        found.append(_listing("tied in the model but not in the file:", _wrongly_tied(contents, tensors, names)))
+        found.append(listing("tied in the model but not in the file:", _wrongly_tied(contents, tensors, names)))
     return [line for line in found if line]
 
 
@@ -144,7 +144,13 @@ def _wrongly_tied(contents: ElasticContents, tensors: ModelTensors, names: Mappi
     return wrong
 
 
-def _listing(heading: str, items: Sequence[str]) -> str:
+def listing(heading: str, items: Sequence[str]) -> str:
+    """Return one kind of difference as a phrase with its first items, empty where there is none.
+
+    Args:
+        heading: What is wrong with them.
+        items: Names, or phrases.
+    """
     if not items:
         return ""
     more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""

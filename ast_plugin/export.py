@@ -22,7 +22,7 @@ from ast_plugin.errors import ConfigError, ElasticFileError, missing_extra
 from ast_plugin.files import atomic_write
 from ast_plugin.slots import bare_model, plain_name
 
-_SUFFIXES = (".safetensors", ".pt", ".pth")
+SUFFIXES = (".safetensors", ".pt", ".pth")
 _ONNX_PACKAGES = ("onnx", "onnxscript")
 _LARGEST_ONNX = 2_000_000_000  # bytes; protobuf ends a little above, at 2 GiB
 _HOOKS = (
@@ -61,7 +61,7 @@ def export_state_dict(source: SubNetSource, name: str, path: str | os.PathLike[s
         SaveError: If the file cannot be written; what stood at `path` is untouched.
     """
     suffix = Path(path).suffix.lower()
-    if suffix not in _SUFFIXES:
+    if suffix not in SUFFIXES:
         raise ConfigError(
             f"path must end in .safetensors, .pt or .pth, got {os.fspath(path)!r}; the suffix chooses the format"
         )

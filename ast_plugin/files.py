@@ -1,8 +1,8 @@
 """Writing files so that a failure leaves what stood there before.
 
 A file is written under a temporary name in its own folder, flushed to the disk and then renamed: a reader
-sees the old file or the new one, never a part. Renaming is atomic within one file system only, which is why
-the temporary file does not live in the system's temporary folder.
+sees the old file or the new one, never a part. Whole folders are made in the same way. Renaming is atomic within one
+file system only, which is why nothing temporary lives in the system's temporary folder.
 """
 
 from __future__ import annotations
@@ -117,6 +117,56 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
+def atomic_folder(path: str | os.PathLike[str], fill: Callable[[Path], None]) -> None:
+    """Let `fill` put files into a new folder, which is at `path` only when it is complete.
+
+    Missing folders above it are made. What writers of this folder left behind under temporary names when they were
+    killed is removed.
+
+    Args:
+        path: Where the folder shall be: nothing is there yet, or an empty folder.
+        fill: Called once with a temporary, empty folder to put files and folders into.
+
+    Raises:
+        ConfigError: If `path` is no path.
+        SaveError: If something is at `path`, or anything fails; the temporary folder is gone then. Errors of this
+            package raised by `fill` pass through as they are, and so do interrupts.
+    """
+    target = Path(os.path.realpath(file_path(path)))
+    if target.exists() and not target.is_dir():
+        raise SaveError(f"cannot write the folder {os.fspath(path)!r}: a file has that name; give another one")
+    _check_empty(path, target)
+    temporary = target.with_name(f"{_temporary_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    _being_written.add(temporary.name)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        temporary.mkdir()
+        fill(temporary)
+        for entry in (*temporary.rglob("*"), temporary):
+            if entry.is_dir():
+                _flush_folder(entry)
+            else:
+                _flush(entry)
+        os.replace(temporary, target)  # an empty folder may be replaced, no other
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, ASTError) or not isinstance(error, Exception):
+            raise
+        _check_empty(path, target)  # no longer, if another process was faster
+        raise SaveError(_explain(path, error, target)) from error
+    finally:
+        _being_written.discard(temporary.name)
+    _flush_folder(target.parent)
+
+
+def _check_empty(path: str | os.PathLike[str], target: Path) -> None:
+    if target.is_dir() and next(target.iterdir(), None) is not None:
+        raise SaveError(
+            f"cannot write the folder {os.fspath(path)!r}: it is there and holds files; give another one, or remove it"
+        )
+
+
 def _temporary_prefix(target: Path) -> str:
     # The machine is part of the name, because process numbers mean nothing on another one that shares the folder.
     machine = hashlib.blake2b(socket.gethostname().encode(), digest_size=4).hexdigest()
@@ -124,14 +174,17 @@ def _temporary_prefix(target: Path) -> str:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove temporary files of `target` whose writers are gone: each is as large as the file itself."""
+    """Remove temporary files and folders of `target` whose writers are gone: each is as large as the file itself."""
     prefix = _temporary_prefix(target)
     with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
         for entry in entries:
             match = _TEMPORARY.fullmatch(entry.name.removeprefix(prefix)) if entry.name.startswith(prefix) else None
             if match and entry.name not in _being_written and not _runs_elsewhere(int(match["process"])):
-                with contextlib.suppress(OSError):
-                    os.unlink(entry.path)
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    with contextlib.suppress(OSError):
+                        os.unlink(entry.path)
 
 
 def _runs_elsewhere(process: int) -> bool:
@@ -185,7 +238,7 @@ def _explain(path: str | os.PathLike[str], error: Exception, target: Path) -> st
         reason = os.strerror(number)
         remedy = _REMEDIES.get(number, remedy)
     with contextlib.suppress(OSError):
-        if target.exists():
+        if target.is_file():
             remedy += "; the file that stood there before is unchanged"
     return f"cannot write {os.fspath(path)!r}: {reason}; {remedy}"
 

@@ -71,7 +71,8 @@ def select_parameters(
             matches it, and a weight of an unknown kind of layer when it is named in full.
         exclude: Globs on parameter names that are never pruned; stronger than `include`.
         left_out: For plugins that know the network: by parameter name, any of its names, why it is not pruned unless
-            a glob of `include` asks for it as for the stem. Of what is out anyway, it words the reason.
+            a glob of `include` asks for it as for the stem. Of what is out anyway, also of embeddings, it words the
+            reason, but for what is frozen, of integers or tied to an embedding.
 
     Returns:
         One entry a parameter, in the order of `model.named_parameters()`; tied parameters have one entry, but globs
@@ -144,7 +145,7 @@ def _obstacle(name: str, parameter: Parameter, owners: Sequence[_Owner], told: s
         return told or ("bias or norm (1-D)" if parameter.ndim else "scalar")
     embeddings = [owner.name for owner in owners if _is_embedding(owner)]
     if name in embeddings:
-        return "embedding"
+        return told or "embedding"
     if embeddings:
         return f"tied to the embedding {embeddings[0]}"
     return ""

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional
 
 import ast_plugin
+from ast_plugin.integrations.transformers.saving import export_pretrained, save_sub_nets
 
 SUB_NETS = ("s50", "s80", "s90")
 
@@ -367,6 +368,33 @@ def all_ranks_save_one_elastic_file(folder: Path) -> Iterator[None]:
     assert_same(before, {name: parameter.detach().to_local() for name, parameter in model.named_parameters()})
 
 
+def all_ranks_save_the_files_beside_a_saved_model(folder: Path) -> Iterator[None]:
+    yield
+    model, optimizer, ast = start(mlp)
+    train(model, optimizer, range(STEPS), vector_batch)
+    place = folder / "saved"
+    names = [file.name for file in save_sub_nets(ast, place)]
+    assert names == (["elastic.safetensors", "ast_config.json"] if dist.get_rank() == 0 else ["elastic.safetensors"])
+    dist.barrier()
+    assert sorted(path.name for path in place.iterdir()) == ["ast_config.json", "elastic.safetensors"]
+    assert ast_plugin.Report.from_elastic(ast_plugin.load(place, mlp(5))).title == "Sub-nets of Sequential"
+    with pytest.raises(ast_plugin.ConfigError, match="ast-plugin export FOLDER --sub-net NAME --to OTHER"):
+        export_pretrained(ast, "s90", Saveable(shard(mlp())), folder / "one")
+    dist.barrier()
+    save_sub_nets(ast, place, elastic=False)
+    dist.barrier()
+    assert [path.name for path in place.iterdir()] == ["ast_config.json"]
+
+
+class Saveable(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def save_pretrained(self, folder: Path) -> None:
+        pytest.fail("was called")
+
+
 def what_cannot_work_is_refused(folder: Path) -> Iterator[None]:
     yield
     model = mlp()
@@ -425,6 +453,7 @@ CHECKS = {
         every_rank_may_keep_its_own_file,
         a_full_state_goes_between_one_process_and_shards,
         all_ranks_save_one_elastic_file,
+        all_ranks_save_the_files_beside_a_saved_model,
         what_cannot_work_is_refused,
         a_first_step_at_rate_zero_counts_on_all_ranks,
     )

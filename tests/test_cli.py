@@ -191,6 +191,28 @@ def test_report_as_json_can_be_read_again(elastic: Path, tmp_path: Path, capsys:
     assert "75.00 %" in capsys.readouterr().out
 
 
+def test_the_folder_of_an_elastic_file_serves_as_well(elastic: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["inspect", "--tensors"], ["inspect", "--json"], ["report"], ["report", "--json"]):
+        assert main([*command, str(elastic)]) == cli.OK
+        wanted = capsys.readouterr().out
+        assert main([*command, str(elastic.parent)]) == cli.OK
+        assert capsys.readouterr().out == wanted
+    assert main(["report", str(elastic.parent), "--html", str(elastic)]) == cli.USAGE
+    assert "is the file that is read" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_named_like_a_report_is_a_folder(
+    elastic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run.json"
+    folder.mkdir()
+    assert main(["report", str(folder)]) == cli.FAILED
+    assert "holds no elastic.safetensors; it holds nothing" in capsys.readouterr().err
+    elastic.rename(folder / elastic.name)
+    assert main(["report", str(folder)]) == cli.OK
+    assert "75.00 %" in capsys.readouterr().out
+
+
 @pytest.mark.extra("report")
 def test_report_writes_a_page(elastic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "report.html"

@@ -73,6 +73,20 @@ def test_the_default_is_active_after_loading(elastic: Elastic) -> None:
     assert torch.equal(outputs(elastic.model), reference_outputs()["s50"])
 
 
+def test_the_folder_of_the_file_serves_as_well(path: Path) -> None:
+    elastic = load(path.parent, network(seed=5))
+    assert elastic.path == str(path)
+    assert torch.equal(outputs(elastic.model), reference_outputs()["s50"])
+
+
+def test_a_folder_without_a_file_leaves_the_model_alone(tmp_path: Path) -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ElasticFileError, match=r"holds no elastic\.safetensors; it holds nothing"):
+        load(tmp_path, model)
+    assert same_state(model.state_dict(), before)
+
+
 def test_every_switch_gives_exactly_that_sub_net(elastic: Elastic) -> None:
     want_states, want_outputs = states(), reference_outputs()
     for name in ("s80", "s50", "s50", "s80", "s50"):

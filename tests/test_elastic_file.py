@@ -28,7 +28,7 @@ from torch import nn
 
 from ast_plugin import sealed_file
 from ast_plugin.config import ASTConfig
-from ast_plugin.elastic_file import read_elastic, write_elastic
+from ast_plugin.elastic_file import ELASTIC, elastic_path, read_elastic, write_elastic
 from ast_plugin.errors import ConfigError, ElasticFileError, SaveError
 from ast_plugin.masks import MaskStore
 from ast_plugin.sealed_file import FORMAT, write_sealed
@@ -388,3 +388,43 @@ def test_rewriting_without_a_change_is_accepted(tmp_path: Path) -> None:
     path = _rewritten(write_example(tmp_path / "e"), lambda header, tensors: None)
     assert path.read_bytes() == (tmp_path / "e").read_bytes()
     read_elastic(path)
+
+
+# ---------------------------------------------------------------------------------------------- in a folder
+
+
+def test_a_folder_with_the_file_stands_for_it(tmp_path: Path) -> None:
+    path = write_example(tmp_path / ELASTIC)
+    for folder in (tmp_path, str(tmp_path)):
+        assert elastic_path(folder) == path
+        contents = read_elastic(folder)
+        assert contents.path == str(path)
+        assert contents.sub_nets == SUB_NETS
+
+
+def test_a_folder_without_the_file_is_refused_with_what_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(
+        ElasticFileError, match=r"holds no elastic\.safetensors; it holds nothing; give the elastic file"
+    ):
+        read_elastic(tmp_path)
+    for name in "gfedcba":
+        (tmp_path / f"{name}.json").touch()
+    with pytest.raises(ElasticFileError) as caught:
+        read_elastic(tmp_path)
+    message = str(caught.value)
+    assert "it holds a.json, b.json, c.json, d.json, e.json and 2 more; give the elastic file itself" in message
+    assert f"save({str(tmp_path / ELASTIC)!r})" in message
+
+
+def test_folders_below_that_have_the_file_are_named(tmp_path: Path) -> None:
+    for name in ("checkpoint-10", "checkpoint-20", "runs"):
+        (tmp_path / name).mkdir()
+    write_example(tmp_path / "checkpoint-20" / ELASTIC)
+    with pytest.raises(ElasticFileError, match=r"give one of the folders in it that have one: checkpoint-20$"):
+        read_elastic(tmp_path)
+
+
+def test_a_folder_where_the_file_should_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ELASTIC).mkdir()
+    with pytest.raises(ElasticFileError, match="Is a directory"):
+        read_elastic(tmp_path)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from ast_plugin.errors import ConfigError, SaveError
-from ast_plugin.files import atomic_write, atomic_write_bytes, atomic_write_text
+from ast_plugin.files import atomic_folder, atomic_write, atomic_write_bytes, atomic_write_text
 
 
 def test_writes_a_new_file_and_leaves_no_temporary_behind(tmp_path: Path) -> None:
@@ -294,3 +294,105 @@ def test_two_writers_in_one_process_leave_each_other_alone(tmp_path: Path) -> No
 def test_what_is_no_path_is_refused(nothing: Any) -> None:
     with pytest.raises(ConfigError, match=f"path must be the path of a file, got {nothing!r}"):
         atomic_write_bytes(nothing, b"x")
+
+
+# -------------------------------------------------------------------------------------------------- folders
+
+
+def _fill(folder: Path) -> None:
+    (folder / "a.txt").write_text("a")
+    (folder / "below").mkdir()
+    (folder / "below" / "b.txt").write_text("b")
+
+
+def test_a_folder_appears_complete_and_leaves_no_temporary_behind(tmp_path: Path) -> None:
+    target = tmp_path / "runs" / "one"
+    seen: list[bool] = []
+
+    def fill(folder: Path) -> None:
+        _fill(folder)
+        seen.append(target.exists())
+
+    atomic_folder(target, fill)
+    assert seen == [False]
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == sorted(
+        ["runs", "runs/one", "runs/one/a.txt", "runs/one/below", "runs/one/below/b.txt"]
+    )
+
+
+def test_a_new_folder_has_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "usual").mkdir()
+    atomic_folder(tmp_path / "ours", _fill)
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere no folder can be renamed over another")
+def test_an_empty_folder_is_filled_and_a_link_to_one_stays(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    atomic_folder(tmp_path / "link", _fill)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "a.txt").read_text() == "a"
+
+
+def test_a_folder_with_files_and_a_file_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(SaveError, match="it is there and holds files; give another one, or remove it"):
+        atomic_folder(tmp_path / "full", lambda _: pytest.fail("was called"))
+    with pytest.raises(SaveError, match="a file has that name; give another one"):
+        atomic_folder(tmp_path / "full" / "mine.txt", lambda _: pytest.fail("was called"))
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["full", "full/mine.txt"]
+
+
+def test_a_folder_that_another_process_fills_meanwhile_is_kept(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+
+    def fill(folder: Path) -> None:
+        _fill(folder)
+        target.mkdir()
+        (target / "theirs.txt").write_text("theirs")
+
+    with pytest.raises(SaveError, match="it is there and holds files"):
+        atomic_folder(target, fill)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["out", "out/theirs.txt"]
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "words"),
+    [
+        (OSError(errno.ENOSPC, "full"), SaveError, "No space left on device; free some space, or give another path$"),
+        (ValueError("odd"), SaveError, "odd; check the folder and the space left"),
+        (ConfigError("ours"), ConfigError, "^ours$"),
+        (KeyboardInterrupt("Ctrl-C"), KeyboardInterrupt, "^Ctrl-C$"),
+    ],
+)
+def test_a_folder_that_fails_half_way_is_removed(
+    tmp_path: Path, raised: BaseException, expected: type[BaseException], words: str
+) -> None:
+    (tmp_path / "out").mkdir()
+
+    def fill(folder: Path) -> None:
+        _fill(folder)
+        raise raised
+
+    with pytest.raises(expected, match=words):
+        atomic_folder(tmp_path / "out", fill)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@posix
+def test_the_folder_of_a_killed_writer_is_removed_by_the_next_one(tmp_path: Path, dead_process: int) -> None:
+    seen: list[str] = []
+
+    def look(folder: Path) -> None:
+        seen.append(folder.name)
+
+    atomic_folder(tmp_path / "out", look)
+    (tmp_path / "out").rmdir()
+    dead = tmp_path / seen[0].replace(f"-{os.getpid()}-", f"-{dead_process}-")
+    dead.mkdir()
+    _fill(dead)
+    atomic_folder(tmp_path / "out", _fill)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

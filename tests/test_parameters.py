@@ -294,6 +294,13 @@ def test_a_plugin_words_why_a_parameter_of_another_kind_is_out() -> None:
     assert prunable(VisionTransformer(), include=("pos_embed", "head.*")) == ["pos_embed", "head.weight"]
 
 
+def test_a_plugin_words_what_an_embedding_is_for_but_not_what_is_tied_to_it() -> None:
+    known = {"wte.weight": "position embedding"}
+    assert reasons(select_parameters(LanguageModel(), left_out=known))["wte.weight"] == "position embedding"
+    found = reasons(select_parameters(LanguageModel(head_first=True), left_out={"lm_head.weight": "output head"}))
+    assert found["lm_head.weight"] == "tied to the embedding wte.weight"
+
+
 def test_what_must_stay_dense_says_so_whatever_a_plugin_knows() -> None:
     model = ResNet()
     model.fc.weight.requires_grad_(False)

@@ -104,3 +104,26 @@ def test_two_compiled_forwards_with_a_backward_each() -> None:
         optimizer.step()
         reference.step([loss, other])
     assert_runs_agree(ast, reference)
+
+
+@pytest.mark.parametrize("around", [lambda model: model, nn.DataParallel])
+def test_the_network_inside_a_compiled_one_evaluates_as_the_default_and_leaves_no_trace_in_the_graph(
+    around: Callable[[nn.Module], nn.Module],
+) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    model = mlp()
+    optimizer = sgd(model)
+    called: Any = torch.compile(around(model), backend=counter)
+    ast = ast_plugin.wrap(optimizer, model, outermost=called, **{**SETTINGS, **BUSY})
+    for step in range(4):
+        plain_step(called, optimizer, step)
+    graphs = counter.frame_count
+    inputs = batch_for(model, 99)[0]
+    alone = mlp()
+    alone.load_state_dict(ast.materialize(ast.default_sub_net))
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(inputs), alone.eval()(inputs))
+    model.train()
+    plain_step(called, optimizer, 4)
+    assert counter.frame_count == graphs == 1

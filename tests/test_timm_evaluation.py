@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+
 import pytest
+import torch
+from timm.utils import CheckpointSaver
+from torch import nn
 
 from ast_plugin.errors import ConfigError
-from ast_plugin.integrations.timm.evaluation import OWN, check_metric, merged, metric_name, split_metric
+from ast_plugin.integrations.timm.evaluation import (
+    OWN,
+    check_metric,
+    count_from_target,
+    merged,
+    metric_name,
+    split_metric,
+)
 
 pytestmark = pytest.mark.extra("timm")
 
@@ -48,6 +61,23 @@ def test_figures_of_one_sub_net_come_first_and_then_those_of_all() -> None:
         ("s80_top1", 40.0),
     ]
     assert found["s80"] == {"loss": 2.0, "top1": 40.0}
+
+
+@pytest.mark.parametrize("decreasing", [False, True])
+def test_no_checkpoint_on_the_way_to_the_sparsity_is_the_best(tmp_path: Path, decreasing: bool) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    args = argparse.Namespace(model="linear")
+    saver = CheckpointSaver(model, optimizer, args=args, checkpoint_dir=tmp_path, decreasing=decreasing, max_history=2)
+    sparsity = 0.0
+    count_from_target(saver, lambda: sparsity > 0.9)
+    metrics = [90.0, 80.0, 60.0, 65.0, 62.0]  # the first two are less sparse
+    for epoch, metric in enumerate(-value if decreasing else value for value in metrics):
+        sparsity = 0.95 if epoch >= 2 else 0.4
+        best = saver.save_checkpoint(epoch, metric=metric)
+    assert best == (-65.0 if decreasing else 65.0, 3)
+    assert torch.load(tmp_path / "model_best.pth.tar", weights_only=False)["epoch"] == 3
+    assert {Path(file).name for file, _ in saver.checkpoint_files} == {f"checkpoint-{n}.pth.tar" for n in (3, 4)}
 
 
 def test_a_metric_that_is_not_measured_is_refused() -> None:

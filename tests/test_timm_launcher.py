@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -134,15 +135,22 @@ def test_the_recorded_arguments_make_the_same_run(timm_runs: Runs) -> None:
     assert again.rows == first.rows
 
 
-@pytest.mark.parametrize("metric", ["s80_top1", "s80_loss", "loss"])
+@pytest.mark.parametrize("metric", ["s80_top5", "s80_loss", "loss"])
 def test_the_best_checkpoint_is_that_of_the_metric(metric: str, timm_runs: Runs) -> None:
-    run = timm_runs.launched(NEWEST, "--eval-metric", metric)
+    run = timm_runs.launched(NEWEST, "--eval-metric", metric, "--ast-method", "rigl")  # as sparse from the beginning
     column = [float(row[f"eval_{metric}"]) for row in run.rows]
     best = column.index(min(column) if metric.endswith("loss") else max(column))
     assert [run.checkpoint(f"checkpoint-{epoch}")["metric"] for epoch in (0, 1)] == column
     assert run.checkpoint("model_best")["epoch"] == best
     assert column[best] != column[1 - best]
     assert yaml.safe_load(run.arguments)["eval_metric"] == metric
+
+
+def test_no_checkpoint_on_the_way_to_the_sparsity_is_the_best(timm_runs: Runs) -> None:
+    run = timm_runs.launched(NEWEST)
+    assert run.checkpoint("checkpoint-0")["metric"] == -math.inf
+    assert run.checkpoint("model_best")["epoch"] == 1
+    assert run.checkpoint("model_best")["metric"] == float(run.rows[1]["eval_top1"])
 
 
 def test_help_of_the_script_has_the_group(timm_runs: Runs) -> None:

@@ -48,6 +48,61 @@ def test_the_sub_net_is_on_during_forward_and_backward_and_off_afterwards() -> N
         seen.clear()
 
 
+@pytest.mark.parametrize("given", ["the network", "what is around it"])
+def test_the_network_inside_a_wrapper_evaluates_by_itself_as_the_default(given: str) -> None:
+    model = conv_net()
+    optimizer, around = sgd(model), nn.DataParallel(model)
+    options: dict[str, Any] = {"sparsities": (0.5, 0.8), "method": "static"}
+    if given == "the network":
+        ast = ast_plugin.wrap(optimizer, model, outermost=around, **options)
+    else:
+        ast = ast_plugin.wrap(optimizer, around, **options)
+    train_step(around, optimizer, image_batch(0))
+    plain = conv_net()
+    plain.load_state_dict(ast.materialize("s50"))
+    images, _ = image_batch(1)
+    model.eval()  # and not what is around it, as a loop does that evaluates the network alone
+    with torch.no_grad():
+        assert torch.equal(model(images), plain.eval()(images))
+        assert torch.equal(around(images), plain(images))
+    assert nonzero(model, ast) == ast.masks.total()
+    model.train()
+    train_step(around, optimizer, image_batch(1))
+    assert ast.step == 2
+
+
+def test_the_chosen_sub_net_is_that_of_the_innermost_block() -> None:
+    _, _, ast = wrapped(method="static")
+    assert ast.chosen is None
+    with ast.sub_net("s50"):
+        with ast.sub_net("s90"):
+            assert ast.chosen == "s90"
+        assert ast.chosen == "s50"
+    assert ast.chosen is None
+
+
+def test_a_state_that_is_kept_elsewhere_is_not_in_the_optimizers() -> None:
+    model, optimizer, ast = wrapped()
+    train(model, optimizer, range(3))
+    carried = optimizer.state_dict()
+    ast.keep_state_elsewhere()
+    state = optimizer.state_dict()
+    assert set(carried) - set(state) == {"ast_plugin"}
+    train(model, optimizer, range(3, 4))
+    optimizer.load_state_dict(carried)  # one that carries it is still taken
+    assert ast.step == 3
+
+
+def test_a_sub_net_is_near_its_target_when_its_ramp_is_over() -> None:
+    model, optimizer, ast = wrapped(sparsities=(0.0, 0.9), total_steps=20)
+    assert ast.is_near_target("s0")
+    assert not ast.is_near_target("s90")
+    train(model, optimizer, range(20))
+    assert ast.is_near_target("s90")
+    with pytest.raises(ast_plugin.ConfigError, match="no sub-net"):
+        ast.is_near_target("s95")
+
+
 def test_gradients_are_those_of_the_masked_network() -> None:
     model, _, ast = wrapped(method="static", sparsities=(0.5,))
     plain = conv_net()

@@ -92,7 +92,7 @@ def sparse(**options: Any) -> ASTCallback:
     return ASTCallback(**{**BUSY, **options})
 
 
-def arguments_of(folder: Path, **given: Any) -> TrainingArguments:
+def arguments_of(folder: Path, kind: type[TrainingArguments] = TrainingArguments, **given: Any) -> TrainingArguments:
     """Return arguments for two short epochs on the processor, every step logged, nothing saved."""
     usual: dict[str, Any] = {
         "output_dir": str(folder),
@@ -107,7 +107,7 @@ def arguments_of(folder: Path, **given: Any) -> TrainingArguments:
         "dataloader_pin_memory": False,
         "seed": 3,
     }
-    return TrainingArguments(**{**usual, **given})
+    return kind(**{**usual, **given})
 
 
 def trainer_of(folder: Path, *callbacks: TrainerCallback, kind: type[Trainer] = Trainer, **given: Any) -> Trainer:

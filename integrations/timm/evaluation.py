@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from ast_plugin.errors import ConfigError, near_names
 
@@ -47,6 +49,25 @@ def check_metric(metric: str, measured: Collection[str]) -> None:
     """
     if metric not in measured:
         raise ConfigError(f"--eval-metric: validation measures no {metric!r}; {near_names(metric, measured)}")
+
+
+def count_from_target(saver: Any, reached: Callable[[], bool]) -> None:
+    """Have a checkpoint saver of timm rank checkpoints last that were made before a sub-net was as sparse as asked.
+
+    On its way there it is less sparse and mostly better than at the end, and would be the best checkpoint ever after.
+
+    Args:
+        saver: `timm.utils.CheckpointSaver`; only this object changes.
+        reached: Returns whether the sub-net is as sparse as it is to become.
+    """
+    save = saver.save_checkpoint
+
+    def save_checkpoint(epoch: int, metric: float | None = None) -> Any:
+        if metric is not None and not reached():
+            metric = math.inf if saver.decreasing else -math.inf
+        return save(epoch, metric=metric)
+
+    saver.save_checkpoint = save_checkpoint
 
 
 def merged(headline: str, by_sub_net: Mapping[str, Mapping[str, float]]) -> OrderedDict[str, float]:

@@ -5,33 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ast_plugin.config import ASTConfig
 from ast_plugin.errors import ConfigError, near_names
+from ast_plugin.flag_settings import CONFIG, CONFIG_HELP, FLAGS, NUMBERS, PREFIX, read_flags, read_number
 
 TITLE = "Alternating sparse training"
 
-_PREFIX = "ast_"
-# Names in the namespace and the settings of `ASTConfig` that they stand for.
-_OPTIONS = {
-    "ast_sparsities": "sparsities",
-    "ast_method": "method",
-    "ast_pattern": "pattern",
-    "ast_distribution": "distribution",
-    "ast_update_interval": "update_interval",
-    "ast_drop_fraction": "drop_fraction",
-    "ast_correction": "correction",
-    "ast_inactive": "inactive",
-    "ast_include": "include",
-    "ast_exclude": "exclude",
-    "ast_eval_sub_net": "default_sub_net",
-}
-_NUMBERS = ("sparsities", "update_interval", "drop_fraction")
-_LISTS = ("sparsities", "include", "exclude")
-# The training script decides how long a run is.
-_OF_THE_SCRIPT = ("total_steps", "steps_per_epoch")
+_NO_REPORT = "ast_no_report"
 _SEEDS = 1 << 63
 
 
@@ -67,32 +49,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         TITLE,
         "One run yields a sparse sub-net for each of --ast-sparsities; without it the script runs as it is.",
     )
-
-    def add(flag: str, **options: Any) -> None:
-        group.add_argument(flag, default=None, **options)
-
-    add("--ast-sparsities", nargs="+", type=_number_or_text, metavar="S", help="zeros of each sub-net: 0.9 0.95, 2:4")
-    add("--ast-method", metavar="NAME", help="rule for mask updates (default: granet)")
-    add("--ast-pattern", metavar="NAME", help="masks allowed: unstructured, 2:4, 4x4 ... (default: the first)")
-    add("--ast-distribution", metavar="NAME", help="how zeros are spread over the layers (default: the method's)")
-    add(
-        "--ast-update-interval",
-        type=_number_or_text,
-        metavar="T",
-        help="between mask updates of a sub-net: steps (100), or a fraction of the run (0.02, the default)",
-    )
-    add(
-        "--ast-drop-fraction",
-        type=_number_or_text,
-        metavar="F",
-        help="kept weights replaced at an update: 0.1",
-    )
-    add("--ast-correction", metavar="SCOPE", help="gradient correction: layer, global or off (default: layer)")
-    add("--ast-inactive", metavar="RULE", help="weights outside the active sub-net: coast or freeze (default: coast)")
-    add("--ast-include", nargs="+", metavar="GLOB", help="prune only parameters whose names match")
-    add("--ast-exclude", nargs="+", metavar="GLOB", help="never prune parameters whose names match")
-    add("--ast-eval-sub-net", metavar="NAME", help="whose metrics have the script's own names (default: the densest)")
-    add("--ast-config", metavar="FILE", help="more settings, as YAML or JSON; flags are stronger")
+    for flag in FLAGS:
+        group.add_argument(
+            _spelled(flag.name),
+            nargs="+" if flag.several else None,
+            type=read_number if flag.setting in NUMBERS else str,
+            metavar=flag.metavar,
+            help=flag.help,
+        )
+    group.add_argument(_spelled(CONFIG), metavar="FILE", help=CONFIG_HELP)
     group.add_argument("--ast-no-report", action="store_true", default=False, help="write no report.html at the end")
 
 
@@ -106,100 +71,33 @@ def settings_of(args: argparse.Namespace) -> Settings | None:
         ConfigError: If a value is out of range, an unknown setting stands in the file, or flags are given without
             ``--ast-sparsities``.
     """
-    given = {name: value for name, value in vars(args).items() if name.startswith(_PREFIX) and value is not None}
+    given = {name: value for name, value in vars(args).items() if name.startswith(PREFIX) and value is not None}
+    flags = [flag.name for flag in FLAGS]
     for name in given:
-        if name not in (*_OPTIONS, "ast_config", "ast_no_report"):
-            raise ConfigError(f"{name} in the configuration file is no flag: {near_names(name, _OPTIONS)}")
-    if not isinstance(given.get("ast_no_report", False), bool):
+        if name not in (*flags, CONFIG, _NO_REPORT):
+            raise ConfigError(f"{name} in the configuration file is no flag: {near_names(name, flags)}")
+    if not isinstance(given.get(_NO_REPORT, False), bool):
         raise ConfigError(f"ast_no_report in the configuration file must be true or false, got {args.ast_no_report!r}")
-    if given.get("ast_no_report") is False:
-        del given["ast_no_report"]
+    if given.get(_NO_REPORT) is False:
+        del given[_NO_REPORT]
     if not given:
         return None
-    options = _from_file(given["ast_config"]) if "ast_config" in given else {}
-    for name, option in _OPTIONS.items():
-        if name in given:
-            value = _read_word(given[name]) if option == "correction" else given[name]
-            _check_colon(_flag(name), option, value)
-            options[option] = [value] if option in _LISTS and not isinstance(value, (list, tuple)) else value
-    if "sparsities" not in options:
-        raise ConfigError(
-            f"{', '.join(_flag(name) for name in given)}: no effect without --ast-sparsities; add it, for example: "
-            "--ast-sparsities 0.9 0.95"
-        )
+    options = read_flags(given, spelled=_spelled, extra="timm")
     options.setdefault("seed", _seed(args))
-    for option in _NUMBERS:
-        if option in options:
-            options[option] = _read_number(options[option])
-    settings = Settings(options=options, report="ast_no_report" not in given)
+    settings = Settings(options=options, report=_NO_REPORT not in given)
     settings.config(total_steps=1, steps_per_epoch=1)
     return settings
 
 
 def without_flags(args: argparse.Namespace) -> argparse.Namespace:
     """Return the namespace as the script's own parser would have made it."""
-    return argparse.Namespace(**{name: value for name, value in vars(args).items() if not name.startswith(_PREFIX)})
+    return argparse.Namespace(**{name: value for name, value in vars(args).items() if not name.startswith(PREFIX)})
 
 
-def _flag(name: str) -> str:
+def _spelled(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _number_or_text(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _read_number(value: Any) -> Any:
-    """Return numbers that a YAML file holds as text (YAML reads 1e-2 as one) as numbers."""
-    if isinstance(value, (list, tuple)):
-        return [_read_number(item) for item in value]
-    return _number_or_text(value) if isinstance(value, str) else value
-
-
-def _read_word(value: Any) -> Any:
-    """Return the word ``off``, which YAML reads as false."""
-    return "off" if value is False else value
-
-
-def _check_colon(place: str, option: str, value: Any) -> None:
-    """Refuse an N:M that YAML has read as a number to the base 60."""
-    values = value if option == "sparsities" and isinstance(value, (list, tuple)) else [value]
-    least = {"pattern": 60, "sparsities": 101}.get(option)  # smaller ones may be meant as percentages
-    for number in values:
-        if least is not None and isinstance(number, int) and number >= least:
-            raise ConfigError(
-                f"{place}: got {number}; YAML reads {number // 60}:{number % 60} as this number, so write N:M in quotes"
-            )
 
 
 def _seed(args: argparse.Namespace) -> int:
     seed = getattr(args, "seed", 0)
     return seed if isinstance(seed, int) and 0 <= seed < _SEEDS else 0
-
-
-def _from_file(path: str) -> dict[str, Any]:
-    import yaml  # timm itself needs it
-
-    if not isinstance(path, str):
-        raise ConfigError(f"--ast-config must be the path of a file, got {path!r}")
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--ast-config {path}: cannot be read: {error.strerror}; check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--ast-config {path}: neither YAML nor JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"--ast-config {path}: must hold settings by name, such as 'sparsities: [0.9, 0.95]'")
-    known = {field.name for field in dataclasses.fields(ASTConfig)}
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"--ast-config {path}: unknown setting {name!r}: {near_names(str(name), known)}")
-        _check_colon(f"--ast-config {path}: {name}", name, values[name])
-    if "correction" in values:
-        values["correction"] = _read_word(values["correction"])
-    return {name: value for name, value in values.items() if name not in _OF_THE_SCRIPT and value is not None}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ast_plugin.elastic_file import ELASTIC
 from ast_plugin.errors import MissingExtraError
 from ast_plugin.files import atomic_write_text
 from ast_plugin.report import Report
@@ -19,7 +20,6 @@ from ast_plugin.training import AlternatingSparseTraining
 from ast_plugin.twins import Twin
 from ast_plugin.version import __version__
 
-ELASTIC = "elastic.safetensors"
 AVERAGE = "elastic_ema.safetensors"
 PAGE = "report.html"
 SUMMARY = "ast.json"

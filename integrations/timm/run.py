@@ -20,7 +20,7 @@ from torch import nn
 
 from ast_plugin.errors import ActivationError, ConfigError, StateError
 from ast_plugin.integrations.timm.average import RunAverage
-from ast_plugin.integrations.timm.evaluation import check_metric, merged, split_metric
+from ast_plugin.integrations.timm.evaluation import check_metric, count_from_target, merged, split_metric
 from ast_plugin.integrations.timm.flags import Settings
 from ast_plugin.integrations.timm.networks import network_in
 from ast_plugin.integrations.timm.outputs import write_outputs
@@ -166,6 +166,9 @@ class TimmRun:
             ast.keep_state_elsewhere()
         elif self._average is not None:
             keep_average_in_optimizer(inner, self._average.state_dict)
+        if saver is not None:
+            headline = self._headline or ast.default_sub_net
+            count_from_target(saver, lambda: ast.is_near_target(headline))
         self._epochs_left = -(-remaining // steps_per_epoch)
         self._output_dir = Path(output_dir) if output_dir else None
         _logger.info(

@@ -23,13 +23,12 @@ from typing import Any
 from torch import nn
 
 from ast_plugin.hookspecs import hookimpl
+from ast_plugin.integrations.layers import class_names, convolution_reason, is_layer, is_standardized
 from ast_plugin.parameters import ParameterChoice, select_parameters
 from ast_plugin.slots import plain_name
 
 _STEM = "input stem"
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _RELATIVE = "relative position bias"
-_STANDARDIZED = frozenset({"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"})
 _SCALES = frozenset({"LayerScale", "LayerScale2d", "Scale"})
 _POSITION_CLASSES = frozenset({"RelPosMlp"})
 _POSITION_NAMES = frozenset({"cpb_mlp", "meta_mlp", "pos_proj"})
@@ -76,7 +75,7 @@ class TimmSelection:
         left_out: dict[str, str] = {}
         for name, network in networks.items():
             prefix = f"{name}." if name else ""
-            left_out |= {prefix + parameter: reason for parameter, reason in _reasons(network).items()}
+            left_out |= {prefix + parameter: reason for parameter, reason in timm_reasons(network).items()}
         return select_parameters(model, include=include, exclude=exclude, left_out=left_out)
 
 
@@ -110,14 +109,14 @@ def _config(module: nn.Module) -> Mapping[str, Any] | None:
     return None
 
 
-def _reasons(network: nn.Module) -> dict[str, str]:
-    """Return why parameters of a network are left out, by name; the first reason that applies."""
+def timm_reasons(network: nn.Module) -> dict[str, str]:
+    """Return why parameters of a network of timm are left out, by name; the first reason that applies."""
     stems = {id(layer) for part in network.modules() for layer in _stems(part)}
     biases: list[str] = []
     reasons: dict[str, str] = {}
     for name, module in network.named_modules():
         prefix = f"{name}." if name else ""
-        kinds = {kind.__name__ for kind in type(module).__mro__}
+        kinds = class_names(module)
         if kinds & _POSITION_CLASSES or name.rpartition(".")[2] in _POSITION_NAMES:
             biases.append(name)
         in_bias = any(name == outer or name.startswith(f"{outer}.") for outer in biases)
@@ -140,24 +139,16 @@ def _stems(module: nn.Module) -> list[nn.Module]:
     parts = {plain_name(name): part for name, part in module.named_modules()} if named else {}
     holders = [parts[name] for name in named if name in parts]
     # The name may be that of a block around the layer.
-    layers = [next((part for part in holder.modules() if _is_layer(part)), None) for holder in holders]
+    layers = [next((part for part in holder.modules() if is_layer(part)), None) for holder in holders]
     return [layer for layer in layers if layer is not None]
 
 
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, *_CONVOLUTIONS))
-
-
-def _reason(attribute: str, module: nn.Module, kinds: set[str]) -> str:
+def _reason(attribute: str, module: nn.Module, kinds: frozenset[str]) -> str:
     """Return why a parameter is left out for what it is, "" where nothing is known."""
-    if isinstance(module, _CONVOLUTIONS) and attribute == "weight":
-        if kinds & _STANDARDIZED:
-            return "standardized weight: zeros in it do not stay zeros"
-        if module.groups > 1 and module.groups == module.in_channels:
-            return "depthwise convolution"
-        return "convolution of a single channel" if module.in_channels == module.out_channels == 1 else ""
-    if _is_layer(module):
-        return "gain of a standardized convolution" if attribute == "gain" and kinds & _STANDARDIZED else ""
+    if attribute == "weight" and is_layer(module):
+        return convolution_reason(module)
+    if is_layer(module):
+        return "gain of a standardized convolution" if attribute == "gain" and is_standardized(module) else ""
     if attribute == "scale" and kinds & _SCALES:
         return "layer scale"
     return next((reason for form, reason in _NAMES if form.fullmatch(attribute)), "")

@@ -15,9 +15,11 @@ from transformers import Trainer, TrainerCallback
 
 from ast_plugin.config import ASTConfig
 from ast_plugin.errors import ConfigError, WrapError
+from ast_plugin.integrations.transformers.card import write_card
 from ast_plugin.integrations.transformers.evaluation import evaluate_each, sub_net_of
-from ast_plugin.integrations.transformers.saving import save_sub_nets, write_card
-from ast_plugin.integrations.transformers.state import write_state
+from ast_plugin.integrations.transformers.saving import save_sub_nets
+from ast_plugin.integrations.transformers.state import SavedState, write_state
+from ast_plugin.integrations.transformers.weights import fingerprint
 from ast_plugin.wrapping import ASTOptions
 
 if TYPE_CHECKING:
@@ -145,14 +147,15 @@ class Binding:
             return result
         folder = trainer.args.output_dir if output_dir is None else output_dir
         if self._in_checkpoint:
-            state = ast.state_dict(full=True)  # a collective where parameters are sharded
+            # Both are collectives where parameters are sharded.
+            state = SavedState(run=ast.state_dict(full=True), weights=fingerprint(ast.model))
             if trainer.args.should_save:
                 write_state(folder, state)
-        if trainer.args.should_save:
+        if trainer.args.should_save or trainer.is_fsdp_enabled:  # of sharded parameters every rank has a part
             # Sub-nets that are still on their way are of use to a run that goes on, and to nobody else.
             save_sub_nets(ast, folder, elastic=not self._in_checkpoint or all(map(ast.is_near_target, ast.sub_nets)))
-            if not self._in_checkpoint:
-                write_card(ast, folder)
+        if trainer.args.should_save and not self._in_checkpoint:
+            write_card(ast, folder)
         return result
 
     def _create_card(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:

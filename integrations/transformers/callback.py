@@ -25,6 +25,7 @@ from ast_plugin.integrations.transformers.binding import Binding, calling_traine
 from ast_plugin.integrations.transformers.evaluation import check_best_metric
 from ast_plugin.integrations.transformers.selection import TransformersSelection
 from ast_plugin.integrations.transformers.state import STATE, read_state
+from ast_plugin.integrations.transformers.weights import ensure_weights
 from ast_plugin.methods import Method
 from ast_plugin.optimizers import innermost_optimizer
 from ast_plugin.preview import check_run
@@ -172,7 +173,8 @@ class ASTCallback(TrainerCallback):
                     f"the best model is that of {state.best_model_checkpoint!r}, which has no {STATE}, so its sub-nets "
                     "are not known; load_best_model_at_end=False keeps the last ones"
                 )
-            self.ast.load_state_dict(found)
+            ensure_weights(self.ast.model, state.best_model_checkpoint, found.weights)
+            self.ast.load_state_dict(found.run)
         self.ast.finish()
         self._finished = True
 
@@ -217,6 +219,8 @@ class ASTCallback(TrainerCallback):
                 f"{folder!r} has no {STATE}: it is a checkpoint without sub-nets; pass resume_plain=True to have them "
                 "start from its weights, or resume from another one"
             )
+        if folder is not None and found is not None:
+            ensure_weights(model, folder, found.weights)
         left = state.max_steps if found is not None else state.max_steps - state.global_step
         wanted = self._config.total_steps
         if wanted not in (None, state.max_steps):
@@ -231,7 +235,7 @@ class ASTCallback(TrainerCallback):
         ast = wrap(optimizer, model, outermost=called, plugins=self._plugins, **options)
         try:
             if found is not None:
-                ast.load_state_dict(found)
+                ast.load_state_dict(found.run)
             elif folder is not None:  # what was best had no sub-nets
                 state.best_metric = state.best_model_checkpoint = None
         except StateError as error:

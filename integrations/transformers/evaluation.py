@@ -19,6 +19,7 @@ _PREFIX_PLACE = 2  # among the arguments of Trainer.evaluate
 _OF_THE_LOOP = re.compile(
     r"runtime|samples_per_second|steps_per_second|tokens_per_second|model_preparation_time|jit_compilation_time|mem_.*"
 )
+_OF_THE_MOMENT = ("epoch", "num_input_tokens_seen", "total_flos")  # what the Trainer adds to every entry of its log
 _LIKE_A_SUB_NET = re.compile(r"s\d+(\.\d+)?|\d+:\d+")
 
 
@@ -52,12 +53,13 @@ def evaluate_each(
     ast.synchronize_normalization()
     prefix = str(args[_PREFIX_PLACE] if len(args) > _PREFIX_PLACE else options.get(_PREFIX, "eval"))
     by_sub_net: dict[str, Mapping[str, float]] = {}
-    with _held_back(trainer):
+    with _held_back(trainer) as logged:
         for name in (ast.default_sub_net, *(n for n in ast.sub_nets if n != ast.default_sub_net)):
             own = prefix if name == ast.default_sub_net else f"{prefix}_{name}"
             with ast.sub_net(name):
                 figures = evaluate(*_with_prefix(args, own), **_or_with_prefix(args, options, own))
-            by_sub_net[name] = {metric.removeprefix(f"{own}_"): value for metric, value in figures.items()}
+            by_sub_net[name] = _without_prefix({**logged, **figures}, own, prefix)
+            logged.clear()
     metrics = merged(prefix, ast, by_sub_net)
     trainer.log(metrics)
     trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
@@ -118,18 +120,29 @@ def check_best_metric(metric: str | None, sub_nets: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _held_back(trainer: Trainer) -> Iterator[None]:
-    """Keep the Trainer from logging and reporting evaluations for the length of a block."""
-    handler = trainer.callback_handler
+def _held_back(trainer: Trainer) -> Iterator[dict[str, float]]:
+    """Keep what the Trainer logs and reports of evaluations to itself for the length of a block.
 
-    def on_evaluate(*_: Any, **__: Any) -> Any:
+    Yields:
+        What it has logged: Trainers of other libraries add metrics there that they do not return.
+    """
+    handler, log_history = trainer.callback_handler, trainer.state.log_history
+    logged: dict[str, float] = {}
+    entries = len(log_history)
+
+    def on_log(args: Any, state: Any, control: Any, logs: Mapping[str, float]) -> Any:
+        del log_history[entries:]
+        logged.update(logs)
+        return control
+
+    def on_evaluate(args: Any, state: Any, control: Any, metrics: Mapping[str, float]) -> Any:
         for callback in handler.callbacks:
             if getattr(callback, "prediction_bar", None) is not None:  # it counts the batches of one evaluation
-                callback.on_predict(trainer.args, trainer.state, trainer.control)
-        return trainer.control
+                callback.on_predict(args, state, control)
+        return control
 
-    with _replaced(trainer, "log", lambda *_, **__: None), _replaced(handler, "on_evaluate", on_evaluate):
-        yield
+    with _replaced(handler, "on_log", on_log), _replaced(handler, "on_evaluate", on_evaluate):
+        yield logged
 
 
 @contextlib.contextmanager
@@ -143,6 +156,16 @@ def _replaced(thing: Any, name: str, function: Callable[..., Any]) -> Iterator[N
             delattr(thing, name)
         else:
             setattr(thing, name, before)
+
+
+def _without_prefix(metrics: Mapping[str, float], own: str, prefix: str) -> dict[str, float]:
+    """Return metrics by their bare names; of the two prefixes, `own` is the one that was asked for."""
+    found = {}
+    for key, value in metrics.items():
+        name = key.removeprefix(f"{own}_") if key.startswith(f"{own}_") else key.removeprefix(f"{prefix}_")
+        if name not in _OF_THE_MOMENT:
+            found[name] = value
+    return found
 
 
 def _with_prefix(args: tuple[Any, ...], prefix: str) -> tuple[Any, ...]:

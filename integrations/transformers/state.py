@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,28 @@ from ast_plugin.errors import StateError
 STATE = "ast_state.pt"
 
 _ENTRY = "ast"
+_WEIGHTS = "weights"
 
 
-def write_state(folder: str | Path, state: Mapping[str, Any]) -> Path:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SavedState:
+    """What a checkpoint folder holds of a run.
+
+    Attributes:
+        run: What ``state_dict()`` of the controller returned.
+        weights: What `ast_plugin.integrations.transformers.weights.fingerprint` returned.
+    """
+
+    run: Mapping[str, Any]
+    weights: Mapping[str, int]
+
+
+def write_state(folder: str | Path, state: SavedState) -> Path:
     """Write the state of a run into a checkpoint folder; a process that is killed leaves no half a file.
 
     Args:
         folder: The checkpoint's.
-        state: What ``state_dict()`` of the controller returned.
+        state: What to write.
 
     Returns:
         The file.
@@ -28,11 +43,11 @@ def write_state(folder: str | Path, state: Mapping[str, Any]) -> Path:
         SaveError: If it cannot be written.
     """
     path = Path(folder) / STATE
-    write_checkpoint(path, {_ENTRY: dict(state)})
+    write_checkpoint(path, {_ENTRY: dict(state.run), _WEIGHTS: dict(state.weights)})
     return path
 
 
-def read_state(folder: str | Path) -> dict[str, Any] | None:
+def read_state(folder: str | Path) -> SavedState | None:
     """Return the state in a checkpoint folder, None where there is none.
 
     Args:
@@ -45,7 +60,7 @@ def read_state(folder: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     _, values = read_checkpoint(path)
-    state = values.get(_ENTRY)
-    if not isinstance(state, dict):
+    run, weights = values.get(_ENTRY), values.get(_WEIGHTS)
+    if not isinstance(run, dict) or not isinstance(weights, dict):
         raise StateError(f"{str(path)!r} holds no state of a run; resume from another checkpoint")
-    return state
+    return SavedState(run=run, weights=weights)
