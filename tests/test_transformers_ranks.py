@@ -28,9 +28,7 @@ def launch(folder: Path, launcher: list[str], names: list[str]) -> Found:
     errors = folder / "stderr"
     with errors.open("w") as file:
         # A group of its own: a launch that hangs is ended with the ranks that it has started.
-        process = subprocess.Popen(
-            [*command, *names], stdout=file, stderr=file, cwd=HERE.parent, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=HERE.parent, start_new_session=True)
         try:
             code = process.wait(timeout=150)
         except subprocess.TimeoutExpired:
