@@ -48,6 +48,7 @@ AGAIN = ("batch norm", "sharded")  # these are resumed as well
 
 def shard_on_the_processor() -> None:
     """Have Accelerate take FSDP's settings where there is no accelerator, as it does where there is one."""
+    os.environ["FSDP_VERSION"] = "2"  # transformers 4 does not hand it on from its own settings
     init = AcceleratorState.__init__
 
     def initialize(state: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:

@@ -194,5 +194,6 @@ def check_trainer(trainer: object) -> None:
     if trainer.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2:
         raise WrapError(
             "FSDP version 1 flattens the weights, so masks cannot be put on them; use version 2 "
-            '(fsdp_config={"version": 2}), or torchrun without FSDP'
+            '(fsdp_config={"version": 2}; before transformers 5 FSDP_VERSION=2 in the environment), or torchrun '
+            "without FSDP"
         )
