@@ -13,9 +13,11 @@ from ast_plugin.elastic_file import ELASTIC, read_elastic
 from ast_plugin.errors import ConfigError, StateError
 from ast_plugin.export import SUFFIXES, export_state_dict
 from ast_plugin.export_folder import export_folder
+from ast_plugin.export_weights import INDEX, MODEL
 from ast_plugin.report import Report
 from ast_plugin.report_format import clean, count, decimals, grouped, percent, shape
 from ast_plugin.report_text import TextTable, plain_table
+from ast_plugin.sealed_file import to_json
 
 _FILE = f"an elastic file, or a folder with one named {ELASTIC}"
 
@@ -75,7 +77,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     contents = read_elastic(args.file)
     file = Path(contents.path)
     if args.json:
-        print(json.dumps(_description(file, contents), indent=1, allow_nan=False))
+        print(json.dumps(to_json("inspect", _description(file, contents)), indent=1, allow_nan=False))
         return 0
     print(f"{clean(file)}: {count(file.stat().st_size)}B, {len(contents.sub_nets)} sub-nets of one network")
     print(f"default sub-net: {clean(contents.default_sub_net)}\n")
@@ -126,6 +128,8 @@ def run_export(args: argparse.Namespace) -> int:
         return _export_folder(args)
     contents = read_elastic(args.file)
     _check_other_file("--to", args.to, args.file)
+    if args.file.is_dir():
+        _check_outside("--to", args.to, args.file)
     export_state_dict(contents, args.sub_net, args.to)
     kept, total = contents.records[args.sub_net].kept, contents.records[args.sub_net].total
     print(
@@ -162,6 +166,17 @@ def _check_other_file(option: str, path: Path, source: Path) -> None:
     if path.exists() and source.exists() and path.samefile(source):
         raise ConfigError(
             f"{option} {str(path)!r} is the file that is read; give another path, it would be overwritten"
+        )
+
+
+def _check_outside(option: str, path: Path, folder: Path) -> None:
+    """Refuse to write a file of weights that stock loading would take for the dense model of a folder."""
+    inside = path.parent.exists() and path.parent.samefile(folder)
+    shard = path.name.startswith("model-") and path.exists()
+    saved = (folder / MODEL).exists() or (folder / INDEX).exists()
+    if inside and saved and (path.name == MODEL or shard):
+        raise ConfigError(
+            f"{option} {str(path)!r} would take the place of the dense model in that folder; give another path"
         )
 
 

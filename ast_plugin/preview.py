@@ -47,6 +47,15 @@ def check_run(
     patterns = {name: registry.pattern(name) for name in {spec.pattern or config.pattern for spec in config.sub_nets}}
     if isinstance(config.distribution, str):
         registry.distribution(config.distribution)
+    names = [spec.name for spec in config.sub_nets]
+    registry.alternation(
+        config.alternation,
+        count=len(names),
+        seed=config.seed,
+        steps_per_epoch=config.steps_per_epoch or 1,  # hosts know it later
+        names=names,
+        default=config.default_sub_net or names[0],
+    )
     bare = bare_model(model)
     choices = registry.select_parameters(bare, include=config.include, exclude=config.exclude)
     for choice in choices:

@@ -78,15 +78,16 @@ def decimal(value: float | None, digits: int = 4) -> str:
 def decimals(values: Sequence[float | None]) -> list[str]:
     """Return measured values with equally many digits behind the point, so that a column of them can be compared.
 
-    Four significant digits of the largest; values whose sizes lie too far apart for that keep four each.
+    Four significant digits of the largest; values whose sizes lie too far apart for that keep four each. Values that
+    are not finite stand among the others as ``nan`` and ``inf``.
     """
-    known = [abs(value) for value in values if value is not None]
+    known = [abs(value) for value in values if value is not None and math.isfinite(value)]
     sizes = [size for size in known if size]
     if not sizes or max(sizes) >= 1e9 or min(sizes) < 1e-4 * max(sizes) or max(sizes) < 1e-4:
         return [decimal(value) for value in values]
     whole = all(size == int(size) for size in known)
     places = 0 if whole else max(0, 3 - math.floor(math.log10(max(sizes))))
-    texts = [ABSENT if value is None else f"{value:.{places}f}" for value in values]
+    texts = [ABSENT if value is None else f"{value:.{places}f}" for value in values]  # also "nan" and "inf"
     return [text.replace("-", "\N{MINUS SIGN}", 1) for text in texts]
 
 

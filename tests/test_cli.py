@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -170,6 +171,18 @@ def test_inspect_as_json_tells_the_same(elastic: Path, capsys: pytest.CaptureFix
         ("s75", 0.75, 1),
     ]
     assert [entry["name"] for entry in found["tensors"]] == ["weight", "bias"]
+
+
+def test_inspect_as_json_has_metrics_that_are_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    masks = MaskStore(("s50",), {"weight": (2, 2)})
+    path = tmp_path / "elastic.safetensors"
+    header = {"metrics": {"s50": {"loss": math.nan, "best": math.inf}}}
+    write_elastic(path, state={"weight": torch.ones(2, 2)}, masks=masks, private={}, header=header)
+    assert main(["inspect", str(path), "--json"]) == cli.OK
+    found = json.loads(capsys.readouterr().out)["sub_nets"][0]["metrics"]
+    assert found == {"loss": {"$float": "nan"}, "best": {"$float": "inf"}}
+    assert main(["inspect", str(path)]) == cli.OK
+    assert " nan " in capsys.readouterr().out
 
 
 def test_report_shows_the_table(elastic: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -574,6 +574,14 @@ def test_the_command_refuses_what_the_function_refuses(
     assert "is the file that is read" in capsys.readouterr().err
 
 
+def test_a_file_does_not_take_the_place_of_the_dense_model(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (saved / "model.safetensors").read_bytes()
+    assert main(["export", str(saved), "--sub-net", "s80", "--to", str(saved / "model.safetensors")]) == cli.USAGE
+    assert "would take the place of the dense model" in capsys.readouterr().err
+    assert (saved / "model.safetensors").read_bytes() == before
+    assert main(["export", str(saved), "--sub-net", "s80", "--to", str(saved / "s80.safetensors")]) == cli.OK
+
+
 @pytest.mark.slow
 def test_the_command_needs_no_other_package(saved: Path, tmp_path: Path) -> None:
     script = (

@@ -37,12 +37,18 @@ def test_a_run_that_can_begin_gives_the_verdict_that_wrap_gives() -> None:
         ({"method": "granit"}, ConfigError, "granet"),
         ({"pattern": "diagonal"}, ConfigError, "diagonal"),
         ({"distribution": "erks"}, ConfigError, "erk"),
+        ({"alternation": "alternately"}, ConfigError, "alternating"),
+        ({"alternation": "fixed:s95"}, ConfigError, "s95"),
         ({"include": ("nothing.*",)}, SelectionError, "matches no parameter"),
     ],
 )
 def test_what_cannot_begin_is_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         check_run(config(**options), conv_net())
+
+
+def test_an_order_by_epochs_is_no_obstacle_while_their_length_is_unknown() -> None:
+    assert check_run(config(alternation="single_path"), conv_net())
 
 
 def test_a_pattern_that_a_weight_cannot_carry_is_refused() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from ast_plugin.report_format import (
@@ -64,6 +66,8 @@ def test_figures_of_a_column_have_equally_many_digits() -> None:
     assert decimals([12, 300]) == ["12", "300"]
     assert decimals([1e-7, 2000.0]) == ["1e-07", "2000"]
     assert decimals([None]) == ["–"]
+    assert decimals([3.6718, math.nan, -math.inf, None]) == ["3.672", "nan", "−inf", "–"]
+    assert decimals([math.nan, math.inf]) == ["nan", "inf"]
 
 
 def test_single_figures() -> None:

@@ -148,6 +148,36 @@ def test_front_matter_that_has_everything_stays_byte_by_byte(
     assert card(ast, tmp_path, given).startswith(given)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            "language:\n- no\n# mine\nversion: 1.10  # of two\n",
+            "language:\n- no\n# mine\nversion: 1.10  # of two\ntags:\n- ast-plugin\n- sparse\n- pruning\n",
+        ),
+        (
+            "tags:\n  - b # why\n  # and\n  - a\nlicense: mit\n",
+            "tags:\n  - b # why\n  # and\n  - a\n  - ast-plugin\n  - sparse\n  - pruning\nlicense: mit\n",
+        ),
+        (
+            "tags: [b, sparse]  # why\nlicense: mit\n",
+            "tags: [b, sparse, ast-plugin, pruning]  # why\nlicense: mit\n",
+        ),
+        (
+            "\n# A heading between two rules\n\n",
+            "\n# A heading between two rules\n\ntags:\n- ast-plugin\n- sparse\n- pruning\n",
+        ),
+    ],
+)
+def test_what_front_matter_has_stays_as_it_is_written(
+    ast: ast_plugin.AlternatingSparseTraining, tmp_path: Path, given: str, expected: str
+) -> None:
+    text = card(ast, tmp_path, f"---\n{given}---\n{BODY}")
+    assert text.startswith(f"---\n{expected}library_name: transformers\n---\n{BODY}")
+    assert set(TAGS) <= set(ModelCard(text).data.tags)
+    assert card(ast, tmp_path) == text
+
+
 def test_text_without_front_matter_is_kept_below_a_new_one(
     ast: ast_plugin.AlternatingSparseTraining, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -164,6 +194,8 @@ def test_text_without_front_matter_is_kept_below_a_new_one(
         "---\n- a\n- list\n---\n",
         "---\ntags: {a: b}\n---\n",
         "---\n1: number as key\n---\n",
+        "---\n{license: mit}\n---\n",
+        "---\ntags: [a]\ntags: [b]\n---\n",
         "---\nlicense: mit\n\n",
     ],
 )

@@ -322,6 +322,8 @@ def test_what_cannot_be_exported_writes_nothing(models: SavedModels, tmp_path: P
         export_pretrained(one.ast, "s80", nn.Linear(2, 2), folder)
     with pytest.raises(ConfigError, match="model must have save_pretrained"):
         export_pretrained(one.ast, "s80", None, folder)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"source must be a run, .*, got '.*ast_plugin\.load\(folder, model\)"):
+        export_pretrained(str(one.folder), "s80", one.ast.model, folder)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="processing_class must have save_pretrained"):
         export_pretrained(one.ast, "s80", one.ast.model, folder, processing_class="tokenizer")
     with pytest.raises(ConfigError, match="no sub-net 's8': did you mean 's80'"):
@@ -329,6 +331,14 @@ def test_what_cannot_be_exported_writes_nothing(models: SavedModels, tmp_path: P
     with pytest.raises(ElasticFileError, match="does not fit the model"):
         export_pretrained(one.ast, "s80", gpt2(), folder)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(models: SavedModels, tmp_path: Path) -> None:
+    one = models.of("gpt2")
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(SaveError, match="a file has that name"):
+        export_pretrained(one.ast, "s80", one.ast.model, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_an_adapted_model_is_refused_by_its_mark(models: SavedModels, tmp_path: Path) -> None:

@@ -106,3 +106,38 @@ def test_a_network_of_ones_own_is_refused_where_its_weights_differ(tmp_path: Pat
     model = nn.Linear(3, 2)
     with pytest.raises(StateError, match="weight"):
         ensure_weights(model, str(tmp_path), {**fingerprint(model), "weight": 0})
+
+
+def test_a_fingerprint_tells_every_bit_and_its_place() -> None:
+    linear = nn.Linear(4, 4)
+    marks = {fingerprint(linear)["weight"]}
+    weight = linear.weight.detach().clone()
+    flipped = weight.clone()
+    flipped[2, 1] = -flipped[2, 1]
+    for other in (
+        weight.t(),
+        weight.flip(0),
+        weight[:, [1, 0, 2, 3]],
+        weight.reshape(2, 2, 4).transpose(0, 1),
+        flipped,
+    ):
+        linear.weight.data = other.reshape(4, 4).contiguous()
+        marks.add(fingerprint(linear)["weight"])
+    assert len(marks) == 6
+    linear.weight.data = weight.t().contiguous().t()
+    assert fingerprint(linear)["weight"] in marks
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.float16, torch.float8_e4m3fn, torch.bool, torch.int64, torch.complex64, torch.complex128]
+)
+def test_fingerprints_are_there_for_every_type(kind: torch.dtype) -> None:
+    module = nn.Module()
+    for name, shape in {"scalar": (), "none": (0, 3), "some": (2, 3, 4)}.items():
+        module.register_buffer(name, torch.ones(shape).to(kind))
+    first = fingerprint(module)
+    assert first["none"] == 0
+    module.some = torch.zeros(2, 3, 4).to(kind)
+    second = fingerprint(module)
+    assert first["some"] != second["some"]
+    assert first["scalar"] == second["scalar"] != 0

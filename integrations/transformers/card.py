@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CardData, RepoCard
 
 from ast_plugin.elastic_file import ELASTIC
 from ast_plugin.export_card import CITATION, README, code, metrics_table, with_section
@@ -22,7 +24,7 @@ from ast_plugin.training import AlternatingSparseTraining
 TAGS = ("ast-plugin", "sparse", "pruning")
 
 _FENCE = "---"
-_UNREADABLE = (yaml.YAMLError, ValueError, TypeError, AttributeError)
+_FRONT_MATTER = re.compile(r"\s*---\r?\n(?P<lines>(?:.*?\n)??)---(?:\r?\n|\Z)", re.DOTALL)
 
 _logger = logging.getLogger("ast_plugin.transformers")
 
@@ -31,7 +33,8 @@ def write_card(ast: AlternatingSparseTraining, folder: str | os.PathLike[str]) -
     """Write the section about the sub-nets into README.md: a new one, or in the place of an earlier one.
 
     The text around it stays as it is. The front matter gets the tags that it lacks, and ``library_name`` if it has
-    none; one that cannot be read is left alone, with a warning in the log.
+    none; comments, order and spelling of the rest stay. One that cannot be read is left alone, with a warning in the
+    log.
 
     Args:
         ast: The run; its metrics are those of the last evaluation.
@@ -123,37 +126,63 @@ def _usage(ast: AlternatingSparseTraining) -> list[str]:
 
 
 def _with_front_matter(text: str) -> str:
-    """Return a README whose front matter has our tags and a library, unchanged if it has them already."""
+    """Return a README whose front matter has our tags and a library; whatever it has else stays as it is written."""
     line_end = "\r\n" if "\r\n" in text else "\n"
     mark, body = ("\ufeff", text[1:]) if text.startswith("\ufeff") else ("", text)
-    values: dict[str, Any] = {}
-    if body.lstrip().startswith(_FENCE):
-        try:
-            # The base classes, because those for models rewrite the evaluation results in a card.
-            card = RepoCard(body)
-            values, body = card.data.to_dict(), card.text
-            if len(body) == len(text) - len(mark):
-                raise ValueError("it has no end")
-            before, tags = dict(values), _tags(values.get("tags"))
-            values["tags"] = tags + [tag for tag in TAGS if tag not in tags]
-        except _UNREADABLE as error:
-            _logger.warning(f"The front matter of {README} is left as it is, for it cannot be read: {error}")
-            return text
-        values.setdefault("library_name", "transformers")
-        if values == before:
-            return text
-    else:
-        values = {"library_name": "transformers", "tags": list(TAGS)}
-        body = line_end + body
-    front = CardData(**values).to_yaml(line_break=line_end)
-    return f"{mark}{_FENCE}{line_end}{front}{line_end}{_FENCE}{line_end}{body}"
+    if not body.lstrip().startswith(_FENCE):
+        front = _completed("", line_end)
+        return f"{mark}{_FENCE}{line_end}{front}{_FENCE}{line_end}{line_end}{body}"
+    found = _FRONT_MATTER.match(body)
+    try:
+        if found is None:
+            raise ValueError("it has no end")
+        front = _completed(found["lines"], "\r\n" if "\r\n" in found.group() else "\n")
+    except (yaml.YAMLError, ValueError) as error:
+        _logger.warning(f"The front matter of {README} is left as it is, for it cannot be read: {error}")
+        return text
+    return mark + body[: found.start("lines")] + front + body[found.end("lines") :]
 
 
-def _tags(tags: Any) -> list[Any]:
-    if tags is None:
-        return []
-    if isinstance(tags, str):
-        return [tags]
-    if isinstance(tags, list):
-        return tags
-    raise ValueError(f"its tags are {tags!r}, no list")
+def _completed(lines: str, line_end: str) -> str:
+    """Return the lines of a front matter with what they lack, and nothing else changed."""
+    values = _values(lines)
+    given = values.get("tags")
+    tags = [given] if isinstance(given, str) else given or []
+    if not isinstance(tags, list):
+        raise ValueError(f"its tags are {tags!r}, no list")
+    lacking = [tag for tag in TAGS if tag not in tags]
+    wanted, completed = dict(values), lines
+    if lacking:
+        wanted["tags"] = [*tags, *lacking]
+        completed = _with_tags(completed, wanted["tags"], lacking, line_end)
+    if "library_name" not in wanted:
+        wanted["library_name"] = "transformers"
+        completed += f"library_name: transformers{line_end}"
+    if _values(completed) != wanted:
+        raise ValueError("its entries are not written as lines of their own")
+    return completed
+
+
+def _values(lines: str) -> dict[str, Any]:
+    values = yaml.safe_load(lines)
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError("it does not hold values by name")
+    return values
+
+
+def _with_tags(lines: str, tags: Sequence[Any], lacking: Sequence[str], line_end: str) -> str:
+    """Return the lines with a complete list of tags: in the place of the one that is there, or else at the end."""
+    root = yaml.compose(lines, Loader=yaml.SafeLoader)
+    entries = [] if root is None else root.value  # None where all is comments
+    node = next((value for key, value in entries if key.value == "tags"), None)
+    if node is None:
+        return lines + "".join(f"{line}{line_end}" for line in ("tags:", *(f"- {tag}" for tag in tags)))
+    if isinstance(node, yaml.SequenceNode) and not node.flow_style:
+        end = lines.index("\n", node.value[-1].end_mark.index - 1) + 1
+        indent = " " * node.start_mark.column
+        return lines[:end] + "".join(f"{indent}- {tag}{line_end}" for tag in lacking) + lines[end:]
+    start, end = node.start_mark.index, node.end_mark.index
+    dumped = yaml.safe_dump(tags, default_flow_style=True, allow_unicode=True, width=math.inf).strip()
+    return f"{lines[:start]}{' ' if lines[start - 1] == ':' else ''}{dumped}{lines[end:]}"

@@ -16,7 +16,7 @@ from torch import nn
 
 from ast_plugin.distributed import is_first_rank
 from ast_plugin.elastic_file import ELASTIC
-from ast_plugin.errors import ConfigError
+from ast_plugin.errors import ConfigError, SaveError
 from ast_plugin.export import SubNetSource, export_model
 from ast_plugin.files import atomic_write_text, file_path
 from ast_plugin.report import Report
@@ -96,10 +96,16 @@ def export_pretrained(
         processing_class: Tokenizer, image processor or whatever else is saved beside it.
 
     Raises:
-        ConfigError: If there is no such sub-net, the model cannot save itself, has adapters or sharded parameters, or
-            the folder is the one of all sub-nets.
+        ConfigError: If `source` is none of these or has no such sub-net, the model cannot save itself, has adapters or
+            sharded parameters, or the folder is the one of all sub-nets.
         ElasticFileError: If the sub-net does not fit the model.
+        SaveError: If a file has the folder's name.
     """
+    if not callable(getattr(source, "materialize", None)):
+        raise ConfigError(
+            f"source must be a run, an Elastic or ElasticContents, got {source!r}; of a folder give "
+            "ast_plugin.load(folder, model)"
+        )
     bare = bare_model(model) if isinstance(model, nn.Module) else model
     for what, thing in (("model", bare), *([("processing_class", processing_class)] if processing_class else [])):
         if not callable(getattr(thing, "save_pretrained", None)):
@@ -115,6 +121,8 @@ def export_pretrained(
             "export from that folder: ast-plugin export FOLDER --sub-net NAME --to OTHER"
         )
     place = file_path(folder)
+    if place.exists() and not place.is_dir():  # about which save_pretrained says a word and returns
+        raise SaveError(f"cannot write the folder {os.fspath(folder)!r}: a file has that name; give another one")
     if (place / ELASTIC).exists():
         raise ConfigError(
             f"folder {os.fspath(folder)!r} holds {ELASTIC} and so the weights of all sub-nets; give another one"

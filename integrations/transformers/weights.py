@@ -23,7 +23,7 @@ _LISTED = 3
 
 
 def fingerprint(model: nn.Module) -> dict[str, int]:
-    """Return a number for every entry of the model's state dict that depends on all of its bits.
+    """Return a number for every entry of the model's state dict that depends on all of its bits and their places.
 
     Args:
         model: The bare model, dense; where its parameters are sharded, the result is empty.
@@ -72,5 +72,14 @@ def _different(model: nn.Module, expected: Mapping[str, int]) -> list[str]:
 
 
 def _sum_of_bits(tensor: Tensor) -> int:
-    values = tensor.detach().contiguous()
-    return int(values.view(_INTEGERS[values.element_size()]).sum(dtype=torch.int64)) if values.numel() else 0
+    """Return a sum in which every row and every column counts differently, so that none may change its place."""
+    if not tensor.numel():
+        return 0
+    values = tensor.detach().contiguous().reshape(len(tensor) if tensor.ndim else 1, -1)
+    bits = values.view(_INTEGERS[min(values.element_size(), 8)])
+    columns, rows = (bits.sum(dimension, dtype=torch.int64) for dimension in (0, 1))
+    return (_weighted(columns) + 3 * _weighted(rows)) % 2**63  # where transposed, the two change their places
+
+
+def _weighted(sums: Tensor) -> int:
+    return int((sums * (2 * torch.arange(len(sums), device=sums.device) + 1)).sum())
