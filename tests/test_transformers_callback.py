@@ -203,6 +203,19 @@ def test_before_training_there_are_no_sub_nets_to_use(tmp_path: Path) -> None:
     assert not any("s90" in metric for metric in trainer.evaluate())
 
 
+def test_a_model_saved_over_an_earlier_run_before_training_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_of(tmp_path, sparse())
+    trainer.save_model()
+    assert not caplog.records
+    trainer.train()
+    trainer.save_model()
+    with caplog.at_level("WARNING", "ast_plugin.transformers"):
+        trainer_of(tmp_path, sparse()).save_model()
+    assert "of an earlier run" in caplog.text
+
+
 def test_outside_of_a_trainer_it_does_nothing_but_say_so(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
     callback = sparse()

@@ -9,11 +9,13 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from transformers import Trainer, TrainerCallback
 
 from ast_plugin.config import ASTConfig
+from ast_plugin.elastic_file import ELASTIC
 from ast_plugin.errors import ConfigError, WrapError
 from ast_plugin.integrations.transformers.card import write_card
 from ast_plugin.integrations.transformers.evaluation import evaluate_each, sub_net_of
@@ -143,9 +145,14 @@ class Binding:
     def _save_model(self, method: Callable[..., Any], output_dir: str | None = None, *args: Any, **options: Any) -> Any:
         result = method(output_dir, *args, **options)
         ast, trainer = self._callback.ast, self.trainer
-        if ast is None:
-            return result
         folder = trainer.args.output_dir if output_dir is None else output_dir
+        if ast is None:
+            if trainer.args.should_save and (Path(folder) / ELASTIC).exists():
+                _logger.warning(
+                    f"{folder!r} holds {ELASTIC} of an earlier run, whose sub-nets are not those of the model that was "
+                    "saved there now: training has not begun. Save into another folder, or remove that file"
+                )
+            return result
         if self._in_checkpoint:
             # Both are collectives where parameters are sharded.
             state = SavedState(run=ast.state_dict(full=True), weights=fingerprint(ast.model))

@@ -138,7 +138,14 @@ class ASTCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach the run: model and optimizer are as they will stay, and checkpoints have been loaded."""
+        """Attach the run: model and optimizer are as they will stay, and checkpoints have been loaded.
+
+        Raises:
+            StateError: If the checkpoint that training resumes from has no sub-nets, others, or cannot be found.
+            WrapError: If the Trainer has trained without sub-nets before, or cannot train any, and as `wrap`.
+            ConfigError: If `total_steps` is not the Trainer's, and as `wrap`.
+            SelectionError: As `wrap`.
+        """
         trainer = calling_trainer(self)
         if trainer is None:
             raise WrapError(
@@ -163,7 +170,11 @@ class ASTCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """End the run; where the Trainer has loaded the best checkpoint's weights, load its sub-nets too."""
+        """End the run; where the Trainer has loaded the best checkpoint's weights, load its sub-nets too.
+
+        Raises:
+            StateError: If that checkpoint has none, or they do not belong to its weights.
+        """
         if self.ast is None:
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
