@@ -198,9 +198,7 @@ def test_an_evaluate_may_take_other_arguments(tmp_path: Path) -> None:
     for name in SUB_NETS:
         with callback.sub_net(name):
             assert plain.evaluate(texts(8, seed=2))["eval_loss"] == expected[f"eval_{name}_loss"]
-    answering: Any = trainer_of(
-        tmp_path, sparse(), kind=Answering, max_steps=6, eval_strategy="steps", eval_steps=6
-    )
+    answering: Any = trainer_of(tmp_path, sparse(), kind=Answering, max_steps=6, eval_strategy="steps", eval_steps=6)
     answering.train()
     metrics = answering.evaluate(texts(8, seed=2), ["examples"], None, "held_out")
     for name in SUB_NETS:
