@@ -267,7 +267,7 @@ class AlternatingSparseTraining(SavedRun):
             ActivationError: If a sub-net is on, inside ``with sub_net(...)``.
         """
         self._refuse_in_block("finish()")
-        if self.step != self.config.total_steps:
+        if self.step != self.config.total_steps or self._state.cut_short:
             self._step.end()
 
     def detach(self) -> nn.Module:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ast_plugin.errors import StateError
+from ast_plugin.config import ASTConfig
+from ast_plugin.errors import ConfigError, StateError
 from ast_plugin.masks import MaskStore
 from ast_plugin.parts import RunParts
+from ast_plugin.schedules import resolve_calendars
 from ast_plugin.sharded_masks import ShardedMasks
 from ast_plugin.sharding import full, gathered, is_sharded, local_part
 from ast_plugin.statistics import Statistics
@@ -35,6 +37,7 @@ class RunState:
 
     Attributes:
         restored: Whether the run goes on from a saved state.
+        cut_short: Whether that was saved in the middle of a longer run, at the step where this one ends.
     """
 
     def __init__(self, parts: RunParts, step: TrainingStep, metrics: dict[str, dict[str, float]]) -> None:
@@ -42,6 +45,7 @@ class RunState:
         self._step = step
         self._metrics = metrics
         self.restored = False
+        self.cut_short = False
 
     def collect(self, *, whole: bool = False) -> dict[str, Any]:
         """Return the state of the run at rest: plain containers and tensors; masks packed, eight weights a byte.
@@ -97,6 +101,8 @@ class RunState:
             number, last_steps = int(state["step"]), {name: state["last_steps"][name] for name in parts.names}
             metrics = {name: dict(state["metrics"].get(name, {})) for name in parts.names}
             changed = _changed(state["config"], parts.config.to_dict())
+            if changed:
+                last_steps = _with_last_updates_due(parts, state["config"], last_steps)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise StateError(
                 f"the saved state is damaged or none of this package: {type(error).__name__}: {error}; load another "
@@ -114,6 +120,7 @@ class RunState:
         parts.statistics.load_state_dict(state["statistics"])
         self._metrics.update(metrics)
         self.restored = True
+        self.cut_short = number == parts.config.total_steps != state["config"].get("total_steps")
         self._step.restore(number, last_steps)
 
     def _reference(self) -> dict[str, Any]:
@@ -235,6 +242,27 @@ def _check_tensors(what: str, tensors: Mapping[str, Any], shapes: Mapping[str, t
 
 def _changed(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
     return [f"{name}={now!r} (saved: {saved.get(name)!r})" for name, now in present.items() if saved.get(name) != now]
+
+
+def _with_last_updates_due(
+    parts: RunParts, saved: Mapping[str, Any], last_steps: Mapping[str, int | None]
+) -> dict[str, int | None]:
+    """Return when sub-nets were last trained, just before their last mask update where they have it still to make.
+
+    In a run that is shorter than it was planned the schedule may have ended before a step that was on the way there.
+    """
+    found = dict(last_steps)
+    if not parts.updater.method.updates:
+        return found
+    try:
+        planned = resolve_calendars(ASTConfig.from_dict(saved), len(parts.names))
+    except ConfigError:  # by a method that updated no masks, in fewer steps than others need
+        return found
+    for plan, before in zip(parts.updater.plans.values(), planned, strict=True):
+        last, end = last_steps[plan.name], plan.calendar.end
+        if last is not None and end <= last < before.end:
+            found[plan.name] = end - 1
+    return found
 
 
 def _warn_of_other_settings(changed: list[str]) -> None:

@@ -269,6 +269,24 @@ def test_going_on_with_other_settings_is_pointed_out() -> None:
     assert other_ast.step == 9
 
 
+@pytest.mark.parametrize("total", [24, 25, 33])
+def test_a_run_that_is_cut_short_reaches_its_sparsities_all_the_same(total: int) -> None:
+    model, optimizer, _ = wrapped()  # the masks reach their targets at step 30 of 60
+    train(model, optimizer, range(24))
+    other, other_optimizer, ast = wrapped(total_steps=total)
+    other.load_state_dict(model.state_dict())
+    with pytest.warns(UserWarning, match=f"total_steps={total}"):
+        other_optimizer.load_state_dict(optimizer.state_dict())
+    sparsest = ast.sub_nets[-1]
+    target = ast.config.sub_nets[-1].sparsity
+    assert ast.masks.sparsity(sparsest) < target - 0.002
+    train(other, other_optimizer, range(24, total))
+    ast.finish()
+    assert ast.step == total
+    for spec in ast.config.sub_nets:
+        assert abs(ast.masks.sparsity(spec.name) - spec.sparsity) * ast.masks.total() < 1
+
+
 def test_a_warning_made_an_error_changes_nothing() -> None:
     model, optimizer, _ = wrapped()
     train(model, optimizer, range(9))

@@ -288,6 +288,12 @@ def test_a_length_that_is_not_the_trainers_is_refused(tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_a_training_of_no_steps_is_refused(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, sparse(), num_train_epochs=0)
+    with pytest.raises(ConfigError, match="0 of 0 are made; raise num_train_epochs or max_steps"):
+        trainer.train()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

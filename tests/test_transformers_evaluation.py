@@ -173,6 +173,47 @@ def test_a_trainer_with_an_evaluate_of_its_own_keeps_it(tmp_path: Path) -> None:
         assert metrics[f"eval_{name}_perplexity"] == math.exp(metrics[f"eval_{name}_loss"])
 
 
+def test_an_evaluate_may_take_other_arguments(tmp_path: Path) -> None:
+    class Answering(Trainer):
+        """As in scripts for answering questions: one more argument stands before the prefix."""
+
+        def evaluate(  # type: ignore[override]
+            self,
+            eval_dataset: Any = None,
+            eval_examples: Any = None,
+            ignore_keys: list[str] | None = None,
+            metric_key_prefix: str = "eval",
+        ) -> dict[str, float]:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix) | {f"{metric_key_prefix}_exact": 1.0}
+
+    class Plain(Trainer):
+        def evaluate(  # type: ignore[override]
+            self, eval_dataset: Any = None, ignore_keys: list[str] | None = None
+        ) -> dict[str, float]:
+            return super().evaluate(eval_dataset, ignore_keys)
+
+    plain = trainer_of(tmp_path, callback := sparse(), kind=Plain, max_steps=6, eval_strategy="steps", eval_steps=6)
+    plain.train()
+    expected = plain.evaluate(texts(8, seed=2))
+    for name in SUB_NETS:
+        with callback.sub_net(name):
+            assert plain.evaluate(texts(8, seed=2))["eval_loss"] == expected[f"eval_{name}_loss"]
+    answering: Any = trainer_of(tmp_path, sparse(), kind=Answering, max_steps=6, eval_strategy="steps", eval_steps=6)
+    answering.train()
+    metrics = answering.evaluate(texts(8, seed=2), ["examples"], None, "held_out")
+    for name in SUB_NETS:
+        assert metrics[f"held_out_{name}_loss"] == expected[f"eval_{name}_loss"]
+        assert metrics[f"held_out_{name}_exact"] == 1.0
+
+
+def test_metrics_that_have_the_prefix_already_are_those_of_each_sub_net(tmp_path: Path) -> None:
+    trainer = picture_trainer(tmp_path, sparse(), compute_metrics=lambda given: {"eval_accuracy": 0.5})
+    trainer.train()
+    metrics = figures(trainer.evaluate())
+    assert [metrics[name] for name in ("eval_accuracy", *(f"eval_{name}_accuracy" for name in SUB_NETS))] == [0.5] * 4
+    assert not any("eval_accuracy" in name.removeprefix("eval_") for name in metrics)
+
+
 def test_metrics_that_a_trainer_adds_when_it_logs_are_those_of_each_sub_net(tmp_path: Path) -> None:
     class Counting(Trainer):
         """As TRL's: figures are collected while batches pass, and come out in the log, under the usual prefix."""
@@ -227,6 +268,30 @@ def test_an_error_inside_evaluation_leaves_trainer_and_model_as_they_were(tmp_pa
     assert told.evaluated == []
     trainer.evaluate()
     assert len(told.evaluated) == 1
+
+
+@pytest.mark.parametrize("method", ["evaluate", "predict"])
+def test_an_interrupt_inside_evaluation_leaves_a_dense_model(tmp_path: Path, method: str) -> None:
+    trainer = trainer_of(tmp_path, sparse(), max_steps=6)
+    trainer.train()
+    weight = trainer.model.transformer.h[0].mlp.c_fc.weight
+    before = weight.detach().clone()
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = trainer.model.transformer.h[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(trainer, method)(texts(8, seed=1))
+    handle.remove()
+    assert torch.equal(weight, before)
+
+
+def test_another_model_in_the_trainer_has_no_metrics_of_sub_nets(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, sparse(), max_steps=6)
+    trainer.train()
+    trainer.model = trainer.model_wrapped = gpt2(seed=1)
+    assert set(figures(trainer.evaluate())) == {"eval_loss", "epoch"}
 
 
 def test_eval_on_start_evaluates_the_first_masks(tmp_path: Path) -> None:

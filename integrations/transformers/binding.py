@@ -26,6 +26,7 @@ from ast_plugin.wrapping import ASTOptions
 
 if TYPE_CHECKING:
     from ast_plugin.integrations.transformers.callback import ASTCallback
+    from ast_plugin.training import AlternatingSparseTraining
 
 _logger = logging.getLogger("ast_plugin.transformers")
 
@@ -75,7 +76,8 @@ class Binding:
         self._in_checkpoint = False
         self._before: dict[str, Any] = {}
         for name, around in {
-            "training_step": self._training_step,
+            "training_step": self._step,
+            "prediction_step": self._step,
             "_load_optimizer_and_scheduler": self._load,
             "evaluate": self._evaluate,
             "_determine_best_metric": self._determine_best,
@@ -100,6 +102,11 @@ class Binding:
         folder, self._resumed = self._resumed, None
         return folder
 
+    def _run(self) -> AlternatingSparseTraining | None:
+        """Return the run of the model that the Trainer has now: after training it may have been given another one."""
+        ast = self._callback.ast
+        return ast if ast is not None and any(ast.model is part for part in self.trainer.model.modules()) else None
+
     def _put_around(self, name: str, around: Callable[..., Any]) -> None:
         method = getattr(self.trainer, name)
         self._before[name] = vars(self.trainer).get(name)
@@ -109,7 +116,7 @@ class Binding:
         self._resumed = checkpoint
         return method(checkpoint, *args, **options)
 
-    def _training_step(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def _step(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         try:
             return method(*args, **options)
         except BaseException:
@@ -119,14 +126,14 @@ class Binding:
             raise
 
     def _evaluate(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        ast = self._callback.ast
+        ast = self._run()
         if ast is None:
             return method(*args, **options)
         return evaluate_each(self.trainer, ast, method, *args, **options)
 
     def _determine_best(self, method: Callable[..., bool], *args: Any, **options: Any) -> bool:
         """Pass over evaluations of a sub-net that is not yet as sparse as it is to become."""
-        ast = self._callback.ast
+        ast = self._run()
         if ast is not None:
             name = sub_net_of(self.trainer.args.metric_for_best_model, ast.sub_nets) or ast.default_sub_net
             if not ast.is_near_target(name):
@@ -144,13 +151,13 @@ class Binding:
 
     def _save_model(self, method: Callable[..., Any], output_dir: str | None = None, *args: Any, **options: Any) -> Any:
         result = method(output_dir, *args, **options)
-        ast, trainer = self._callback.ast, self.trainer
+        ast, trainer = self._run(), self.trainer
         folder = trainer.args.output_dir if output_dir is None else output_dir
         if ast is None:
             if trainer.args.should_save and (Path(folder) / ELASTIC).exists():
                 _logger.warning(
                     f"{folder!r} holds {ELASTIC} of an earlier run, whose sub-nets are not those of the model that was "
-                    "saved there now: training has not begun. Save into another folder, or remove that file"
+                    "saved there now: it has none. Save into another folder, or remove that file"
                 )
             return result
         if self._in_checkpoint:
@@ -167,8 +174,9 @@ class Binding:
 
     def _create_card(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         result = method(*args, **options)
-        if self._callback.ast is not None and self.trainer.args.should_save:
-            write_card(self._callback.ast, self.trainer.args.output_dir)
+        ast = self._run()
+        if ast is not None and self.trainer.args.should_save:
+            write_card(ast, self.trainer.args.output_dir)
         return result
 
 

@@ -233,12 +233,17 @@ class ASTCallback(TrainerCallback):
         if folder is not None and found is not None:
             ensure_weights(model, folder, found.weights)
         left = state.max_steps if found is not None else state.max_steps - state.global_step
+        if left < 1:
+            raise ConfigError(
+                f"no step is left to train sub-nets in: {state.global_step} of {state.max_steps} are made; raise "
+                "num_train_epochs or max_steps"
+            )
         wanted = self._config.total_steps
         if wanted not in (None, state.max_steps):
             raise ConfigError(
                 f"total_steps={wanted}, and the Trainer makes {state.max_steps}; leave it out, the Trainer knows"
             )
-        config = self._settings(trainer, total_steps=max(left, 1), steps_per_epoch=_updates(loader, trainer.args))
+        config = self._settings(trainer, total_steps=left, steps_per_epoch=_updates(loader, trainer.args))
         options: dict[str, Any] = config.to_dict()
         if self._method is not None:
             options["method"] = self._method

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import numbers
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +16,7 @@ from ast_plugin.errors import ConfigError, near_names
 from ast_plugin.training import AlternatingSparseTraining
 
 _PREFIX = "metric_key_prefix"
-_PREFIX_PLACE = 2  # among the arguments of Trainer.evaluate
+_PREFIX_PLACE = 2  # among the arguments of Trainer.evaluate; subclasses may have others
 # What the Trainer measures of itself; once is enough.
 _OF_THE_LOOP = re.compile(
     r"runtime|samples_per_second|steps_per_second|tokens_per_second|model_preparation_time|jit_compilation_time|mem_.*"
@@ -51,13 +53,14 @@ def evaluate_each(
     if ast.chosen is not None or isinstance(data, Mapping):  # of several sets each comes here by itself
         return evaluate(*args, **options)
     ast.synchronize_normalization()
-    prefix = str(args[_PREFIX_PLACE] if len(args) > _PREFIX_PLACE else options.get(_PREFIX, "eval"))
+    place = _place_of_prefix(evaluate)
+    prefix = str(options.get(_PREFIX, "eval") if place is None or len(args) <= place else args[place])
     by_sub_net: dict[str, Mapping[str, float]] = {}
     with _held_back(trainer) as logged:
         for name in (ast.default_sub_net, *(n for n in ast.sub_nets if n != ast.default_sub_net)):
             own = prefix if name == ast.default_sub_net else f"{prefix}_{name}"
             with ast.sub_net(name):
-                figures = evaluate(*_with_prefix(args, own), **_or_with_prefix(args, options, own))
+                figures = _call(evaluate, args, options, own, place)
             by_sub_net[name] = _without_prefix({**logged, **figures}, own, prefix)
             logged.clear()
     metrics = merged(prefix, ast, by_sub_net)
@@ -159,18 +162,43 @@ def _replaced(thing: Any, name: str, function: Callable[..., Any]) -> Iterator[N
 
 
 def _without_prefix(metrics: Mapping[str, float], own: str, prefix: str) -> dict[str, float]:
-    """Return metrics by their bare names; of the two prefixes, `own` is the one that was asked for."""
+    """Return metrics by their bare names; of the two prefixes, `own` is the one that was asked for.
+
+    Where a ``compute_metrics`` has put the usual prefix before names by itself, the Trainer has added `own` to it.
+    """
     found = {}
     for key, value in metrics.items():
-        name = key.removeprefix(f"{own}_") if key.startswith(f"{own}_") else key.removeprefix(f"{prefix}_")
+        name = (key if own == prefix else key.removeprefix(f"{own}_")).removeprefix(f"{prefix}_")
         if name not in _OF_THE_MOMENT:
             found[name] = value
     return found
 
 
-def _with_prefix(args: tuple[Any, ...], prefix: str) -> tuple[Any, ...]:
-    return (*args[:_PREFIX_PLACE], prefix, *args[_PREFIX_PLACE + 1 :]) if len(args) > _PREFIX_PLACE else args
+def _place_of_prefix(evaluate: Callable[..., Any]) -> int | None:
+    """Return where a Trainer's ``evaluate`` takes the prefix; a place past all where it is taken by name alone.
+
+    Returns:
+        The place among arguments without names, None where it takes no prefix at all.
+    """
+    parameters = inspect.signature(evaluate).parameters
+    if _PREFIX in parameters:
+        named = parameters[_PREFIX].kind is inspect.Parameter.KEYWORD_ONLY
+        return sys.maxsize if named else list(parameters).index(_PREFIX)
+    kinds = {parameter.kind for parameter in parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        return None
+    return _PREFIX_PLACE if inspect.Parameter.VAR_POSITIONAL in kinds else sys.maxsize
 
 
-def _or_with_prefix(args: tuple[Any, ...], options: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return options if len(args) > _PREFIX_PLACE else {**options, _PREFIX: prefix}
+def _call(
+    evaluate: Callable[..., dict[str, float]],
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+    prefix: str,
+    place: int | None,
+) -> dict[str, float]:
+    if place is None:  # its metrics have the usual prefix
+        return evaluate(*args, **options)
+    if len(args) > place:
+        return evaluate(*args[:place], prefix, *args[place + 1 :], **options)
+    return evaluate(*args, **{**options, _PREFIX: prefix})
