@@ -124,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Sub-nets of a byte-level Llama, and the same trained alone.")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.8, 0.9])
-    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of the one run")
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of the one run")
     parser.add_argument("--width", type=int, default=96, help="hidden size")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--stretches", type=int, default=512, help="of held-out text that are evaluated")

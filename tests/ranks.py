@@ -11,7 +11,6 @@ import datetime
 import faulthandler
 import importlib
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -24,13 +23,10 @@ Check = Callable[[Path], Iterator[None]]
 _COLLECTIVE_SECONDS = 40
 
 
-def run_checks(module: str, folder: Path, *, ranks: int = 2, timeout: int = 120) -> dict[str, str]:
+def run_checks(module: str, folder: Path, *, ranks: int = 2, timeout: int = 300) -> dict[str, str]:
     """Run all of ``module.CHECKS`` on every rank; returns ``ok`` or what went wrong by the check's name."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     here = Path(__file__).parent
-    command = [sys.executable, str(here / "ranks.py"), module, str(folder), port, str(ranks), str(timeout)]
+    command = [sys.executable, str(here / "ranks.py"), module, str(folder), str(ranks), str(timeout)]
     errors = [(folder / f"stderr{rank}").open("w+") for rank in range(ranks)]
     processes = [subprocess.Popen([*command, str(rank)], stderr=errors[rank]) for rank in range(ranks)]
     end = time.monotonic() + timeout + 20
@@ -57,7 +53,7 @@ def run_checks(module: str, folder: Path, *, ranks: int = 2, timeout: int = 120)
     return found
 
 
-def main(module: str, folder: str, port: str, ranks: int, timeout: int, rank: int) -> None:
+def main(module: str, folder: str, ranks: int, timeout: int, rank: int) -> None:
     faulthandler.dump_traceback_later(timeout, exit=True)
     import torch
     import torch.distributed as dist
@@ -82,7 +78,7 @@ def main(module: str, folder: str, port: str, ranks: int, timeout: int, rank: in
         attempt(name, lambda name=name: next(started[name]))
     dist.init_process_group(
         "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
+        store=dist.FileStore(f"{folder}/store", ranks),  # no port that somebody could take before it is used
         rank=rank,
         world_size=ranks,
         timeout=datetime.timedelta(seconds=_COLLECTIVE_SECONDS),
@@ -104,4 +100,4 @@ def main(module: str, folder: str, port: str, ranks: int, timeout: int, rank: in
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], *(int(argument) for argument in sys.argv[4:]))
+    main(*sys.argv[1:3], *(int(argument) for argument in sys.argv[3:]))

@@ -315,7 +315,9 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "value", [numpy.float64(0.5), Path("x"), Bomb(), lambda: None, {"a": [object()]}, numpy.zeros(3)], ids=str
+    "value",
+    [numpy.float64(0.5), Path("x"), Bomb(), lambda: None, {"a": [object()]}, numpy.zeros(3)],
+    ids=lambda value: type(value).__name__,
 )
 def test_what_could_not_be_loaded_is_refused_when_it_is_saved(value: Any, tmp_path: Path) -> None:
     _, _, ast = wrapped()

@@ -324,7 +324,7 @@ def test_the_page_on_file_is_made_of_the_figures_on_file(overhead: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_quick_run_measures_everything(overhead: Any, tmp_path: Path) -> None:
+def test_a_quick_run_measures_everything(overhead: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, page = tmp_path / "quick.json", tmp_path / "cost.md"
     command = [sys.executable, str(SCRIPT), "--output", str(output)]
     options = ["--quick", "--networks", "ResNet-32", "--optimizers", "SGD", "--rounds", "2", "--run-steps", "51"]
@@ -335,8 +335,9 @@ def test_a_quick_run_measures_everything(overhead: Any, tmp_path: Path) -> None:
         "torch", "python", "quick", "steps", "frontier", "memory", "mask_update", "runs", "short_runs", "peers"
     }  # fmt: skip
     assert len(overhead.limits.measured(figures)) == 5  # all limits but ViT-tiny's
-    subprocess.run([*command, "--markdown", str(page)], capture_output=True, check=True)
+    script = importlib.import_module("overhead")
+    assert script.main(["--output", str(output), "--markdown", str(page)]) == 0
     assert page.read_text(encoding="utf-8") == overhead.page.page(figures)
-    mixed = subprocess.run([*command, "--parts", "runs"], capture_output=True, text=True, check=False)
-    assert mixed.returncode == 2
-    assert "holds figures of --quick" in mixed.stderr
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["--output", str(output), "--parts", "runs"])
+    assert "holds figures of --quick" in capsys.readouterr().err

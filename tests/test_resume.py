@@ -66,29 +66,24 @@ def test_resume_in_a_new_process_is_bit_identical(tmp_path: Path) -> None:
     script = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from networks import conv_net, sgd, train, wrapped
+from networks import train, wrapped
 torch.set_num_threads(1)
 model, optimizer, ast = wrapped()
-begin, end, source, target = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
-if source != "-":
-    state = torch.load(source, weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-train(model, optimizer, range(begin, end))
-torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, target)
+state = torch.load(sys.argv[2], weights_only=True)
+model.load_state_dict(state["model"])
+optimizer.load_state_dict(state["optimizer"])
+train(model, optimizer, range(25, 60))
+torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, sys.argv[3])
 """
-    here = str(Path(__file__).parent)
-
-    def run(begin: int, end: int, source: str, target: Path) -> None:
-        command = [sys.executable, "-c", script, here, str(begin), str(end), source, str(target)]
-        subprocess.run(command, check=True)
-
-    run(0, 60, "-", tmp_path / "straight.pt")
-    run(0, 25, "-", tmp_path / "half.pt")
-    run(25, 60, str(tmp_path / "half.pt"), tmp_path / "resumed.pt")
-    assert_same(
-        torch.load(tmp_path / "straight.pt", weights_only=True), torch.load(tmp_path / "resumed.pt", weights_only=True)
-    )
+    straight, straight_optimizer, _ = wrapped()
+    train(straight, straight_optimizer, range(60))
+    half, half_optimizer, _ = wrapped()
+    train(half, half_optimizer, range(25))
+    torch.save({"model": half.state_dict(), "optimizer": half_optimizer.state_dict()}, tmp_path / "half.pt")
+    files = [str(Path(__file__).parent), str(tmp_path / "half.pt"), str(tmp_path / "resumed.pt")]
+    subprocess.run([sys.executable, "-c", script, *files], check=True)
+    resumed = torch.load(tmp_path / "resumed.pt", weights_only=True)
+    assert_same(resumed, {"model": straight.state_dict(), "optimizer": straight_optimizer.state_dict()})
 
 
 def test_state_kept_elsewhere_resumes_as_well() -> None:

@@ -26,11 +26,15 @@ RUNS = {
 
 
 def free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for probe in sockets:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in sockets]
+    """Return ports below those that systems hand out by themselves, so that they are free when they are used too."""
+    found: list[int] = []
+    for port in range(20000 + os.getpid() % 10000, 32000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == number:
+            break
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,7 @@ def ranks(timm_runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
         # A group of its own: a launch that hangs is ended with the ranks that it has started.
         process = subprocess.Popen(command, stdout=file, stderr=file, cwd=HERE.parent, start_new_session=True)
         try:
-            code = process.wait(timeout=150)
+            code = process.wait(timeout=300)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()

@@ -339,6 +339,7 @@ def test_an_adapted_model_is_refused_by_its_mark(models: SavedModels, tmp_path: 
         export_pretrained(one.ast, "s80", model, tmp_path / "out")
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about what peft asks it
 def test_a_model_of_peft_is_refused_and_the_remedy_works(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     from ast_plugin.export import export_model
