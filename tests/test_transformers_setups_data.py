@@ -163,5 +163,5 @@ def test_training_stops_where_the_metric_of_a_sub_net_grows_no_better(tmp_path: 
     assert callback.ast is not None
     found = read_state(folder)
     assert found is not None
-    assert_same(callback.ast.state_dict()["masks"], found["masks"])
+    assert_same(callback.ast.state_dict()["masks"], found.run["masks"])
     assert trainer.evaluate()["eval_s80_loss"] == losses[best]
