@@ -1,4 +1,4 @@
-"""docs/support.md names tests that exist, and every test of a setup is named there."""
+"""The pages of setups name tests that exist, and every test of a setup is named there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+PAGE = "\n".join(
+    (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("support.md", "transformers-setups.md")
+)
+PATTERNS = ("test_setups_*.py", "test_transformers_setups*.py", "test_transformers_ranks.py")
 HELPERS = {  # tests that hold what a row takes for granted
     "test_a_twin_of_a_copy_starts_as_the_run_is_and_follows_it_on_request",
     "test_blocks_of_a_twin_nest_and_end_dense_after_an_exception",
@@ -32,8 +35,8 @@ def sections() -> dict[str, set[str]]:
     return found
 
 
-def test_the_page_has_a_section_for_every_file_of_setups() -> None:
-    files = {path.name for path in (ROOT / "tests").glob("test_setups_*.py")}
+def test_the_pages_have_a_section_for_every_file_of_setups() -> None:
+    files = {path.name for pattern in PATTERNS for path in (ROOT / "tests").glob(pattern)}
     assert files <= sections().keys()
     assert sum(map(len, sections().values())) > 50
 
