@@ -337,11 +337,11 @@ class TrainingStep:
             self._resting = 0
 
     def _complete_masks(self) -> None:
-        """Bring sub-nets that were never trained after the schedule's end to their target all the same."""
+        """Bring sub-nets that were not trained after the end of the schedule to their target, once it has come."""
         parts = self._parts
         for name, plan in parts.updater.plans.items():
-            last = self.last_steps[name]
-            if last is not None and last >= plan.calendar.end:
+            last, end = self.last_steps[name], plan.calendar.end
+            if self.number < end or (last is not None and last >= end):
                 continue
             if not parts.updater.is_due(name, self.number, last):
                 continue

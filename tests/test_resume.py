@@ -287,6 +287,15 @@ def test_a_run_that_is_cut_short_reaches_its_sparsities_all_the_same(total: int)
         assert abs(ast.masks.sparsity(spec.name) - spec.sparsity) * ast.masks.total() < 1
 
 
+def test_a_run_that_is_broken_off_on_its_way_keeps_the_sparsities_that_it_has() -> None:
+    model, optimizer, ast = wrapped()
+    train(model, optimizer, range(26))  # an update of s80 is due, and the last one comes at step 30
+    before = {name: ast.masks.sparsity(name) for name in ast.sub_nets}
+    ast.finish()
+    assert {name: ast.masks.sparsity(name) for name in ast.sub_nets} == before
+    assert before["s80"] < 0.8 - 0.001
+
+
 def test_a_warning_made_an_error_changes_nothing() -> None:
     model, optimizer, _ = wrapped()
     train(model, optimizer, range(9))
