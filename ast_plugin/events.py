@@ -29,6 +29,7 @@ class RunEvents:
     Attributes:
         released: Whether the hooks are gone for good, so that the model may belong to another run.
         state_in_optimizer: Whether the optimizer's state dict carries the run's state.
+        refused: Why the model must not be trained now; None if it may.
     """
 
     def __init__(self, parts: RunParts, step: TrainingStep, state: RunState) -> None:
@@ -38,6 +39,7 @@ class RunEvents:
         self._chosen: list[str] = []
         self.released = False
         self.state_in_optimizer = True
+        self.refused: str | None = None
         self._passing = False
         self._running = False  # may be stale after an interrupt
         self._graphs = (0, 0)  # the episode that the last graphs were recorded in, and how many there are
@@ -81,6 +83,8 @@ class RunEvents:
                 "gradients, as the default sub-net: the whole model is inside a reentrant checkpoint; pass "
                 "use_reentrant=False, or wrap the module around it"
             )
+        if self.refused is not None and self._is_training():
+            raise ActivationError(self.refused)
         self._running = True
         self._step.mend()
         if self._is_training():

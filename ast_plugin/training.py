@@ -270,6 +270,16 @@ class AlternatingSparseTraining(SavedRun):
         if self.step != self.config.total_steps or self._state.cut_short:
             self._step.end()
 
+    def refuse_training(self, reason: str | None) -> None:
+        """Have forward passes in training mode raise, between two trainings of a host that goes on with this run.
+
+        A loop that knows nothing of the run would train one sub-net alone, without a sign of it.
+
+        Args:
+            reason: What the `ActivationError` says; None lets them run again.
+        """
+        self._events.refused = reason
+
     def detach(self) -> nn.Module:
         """Remove every hook and return the model, an ordinary dense model with the default's BatchNorm state.
 

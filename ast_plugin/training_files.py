@@ -94,8 +94,18 @@ class SavedRun(abc.ABC):
         self._events.before_load()
         self._state.restore(with_plain_entries(state))
 
+    @property
+    def at_target(self) -> bool:
+        """Whether every sub-net that has been trained is as sparse as it is to become: all ramps are over."""
+        step, updater = self._step, self._parts.updater
+        trained = [name for name, last in step.last_steps.items() if last is not None] or self._parts.names
+        return all(
+            updater.sparsity_at(name, step.last_steps[name] or 0) >= updater.plans[name].target_sparsity
+            for name in trained
+        )
+
     def is_near_target(self, sub_net: str) -> bool:
-        """Return whether a sub-net is as sparse as it is to become, to a hundredth: no ramp is before it any more.
+        """Return whether a sub-net is as sparse as it is to become, to a hundredth.
 
         Args:
             sub_net: Its name.

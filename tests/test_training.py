@@ -103,6 +103,37 @@ def test_a_sub_net_is_near_its_target_when_its_ramp_is_over() -> None:
         ast.is_near_target("s95")
 
 
+def test_the_target_is_reached_when_every_trained_sub_net_has_made_its_last_update() -> None:
+    model, optimizer, ast = wrapped(sparsities=(0.5, 0.9), total_steps=20)
+    reached = []
+    for step in range(20):
+        reached.append(ast.at_target)
+        train(model, optimizer, range(step, step + 1))
+    assert reached == [step > 11 for step in range(20)]  # steps 10 and 11 are the first at the end of the schedule
+    for name, sparsity in (("s50", 0.5), ("s90", 0.9)):
+        assert abs(ast.masks.sparsity(name) - sparsity) * ast.masks.total() < 1
+    assert wrapped(method="rigl")[2].at_target  # as sparse from the beginning
+    model, optimizer, ast = wrapped(sparsities=(0.5, 0.9), total_steps=20, alternation="fixed:s90")
+    train(model, optimizer, range(11))
+    assert ast.at_target  # the other is never trained
+
+
+def test_training_that_is_refused_raises_in_the_forward_pass_and_leaves_evaluation_alone() -> None:
+    model, optimizer, ast = wrapped(method="static")
+    train(model, optimizer, range(2))
+    before = snapshot(model)
+    ast.refuse_training("not now")
+    with pytest.raises(ast_plugin.ActivationError, match="not now"):
+        model(image_batch(2)[0])
+    assert_same(snapshot(model), before)
+    model.eval()
+    model(image_batch(2)[0])
+    model.train()
+    ast.refuse_training(None)
+    train(model, optimizer, range(2, 3))
+    assert ast.step == 3
+
+
 def test_gradients_are_those_of_the_masked_network() -> None:
     model, _, ast = wrapped(method="static", sparsities=(0.5,))
     plain = conv_net()

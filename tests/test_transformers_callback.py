@@ -194,6 +194,24 @@ def _of_training() -> set[str]:
     return set(vars(trainer)) - before
 
 
+def test_a_model_of_a_training_that_has_ended_is_trained_elsewhere_after_unbinding(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, callback := sparse())
+    trainer.train()
+    before = snapshot(trainer.model)
+    other = trainer_of(tmp_path, model=trainer.model, num_train_epochs=1)
+    with pytest.raises(ActivationError, match=r"unbind\(\)"):
+        other.train()
+    with pytest.raises(WrapError, match=r"unbind\(\)"):
+        trainer_of(tmp_path, sparse(), model=trainer.model)
+    assert_same(snapshot(trainer.model), before)
+    assert "eval_loss" in other.evaluate()
+    callback.unbind()
+    trainer_of(tmp_path, model=trainer.model, num_train_epochs=1).train()
+    trainer_of(tmp_path, second := sparse(), model=trainer.model, num_train_epochs=1).train()
+    assert second.ast is not None
+    assert second.ast.step == 8
+
+
 def test_before_training_there_are_no_sub_nets_to_use(tmp_path: Path) -> None:
     callback = sparse()
     trainer = trainer_of(tmp_path, callback)

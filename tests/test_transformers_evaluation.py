@@ -352,9 +352,9 @@ def test_on_the_way_to_its_sparsity_no_sub_net_is_the_best(tmp_path: Path) -> No
         entry["step"]: entry["eval_s95_sparsity"] for entry in trainer.state.log_history if "eval_loss" in entry
     }
     assert min(sparsity.values()) < 0.5
-    assert trainer.state.best_metric == pytest.approx(0.95, abs=0.01)
+    assert trainer.state.best_metric == pytest.approx(0.95, abs=5e-4)
     assert trainer.state.best_metric == sparsity[trainer.state.best_global_step]
-    assert trainer.state.best_global_step == min(step for step, found in sparsity.items() if found > 0.94)
+    assert trainer.state.best_global_step == min(step for step, found in sparsity.items() if found > 0.9495)
     assert trainer.state.global_step == trainer.state.best_global_step + 2  # early stopping counts from there
 
 
@@ -365,7 +365,7 @@ def test_saving_the_best_alone_begins_when_the_sub_net_is_there(tmp_path: Path) 
     trainer.train()
     evaluated = {entry["step"]: entry for entry in trainer.state.log_history if "eval_loss" in entry}
     saved = sorted(int(path.name.removeprefix("checkpoint-")) for path in tmp_path.glob("checkpoint-*"))
-    there = [step for step, entry in evaluated.items() if entry["eval_s95_sparsity"] > 0.94]
+    there = [step for step, entry in evaluated.items() if entry["eval_s95_sparsity"] > 0.9495]
     assert saved[0] == there[0] > 2
     assert all((tmp_path / f"checkpoint-{step}" / "ast_state.pt").is_file() for step in saved)
 

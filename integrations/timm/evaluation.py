@@ -52,13 +52,13 @@ def check_metric(metric: str, measured: Collection[str]) -> None:
 
 
 def count_from_target(saver: Any, reached: Callable[[], bool]) -> None:
-    """Have a checkpoint saver of timm rank checkpoints last that were made before a sub-net was as sparse as asked.
+    """Have a checkpoint saver of timm rank checkpoints last that were made before the sub-nets were as sparse as asked.
 
-    On its way there it is less sparse and mostly better than at the end, and would be the best checkpoint ever after.
+    On its way there one is less sparse and mostly better than at the end, and would be the best checkpoint ever after.
 
     Args:
         saver: `timm.utils.CheckpointSaver`; only this object changes.
-        reached: Returns whether the sub-net is as sparse as it is to become.
+        reached: Returns whether the sub-nets are as sparse as they are to become.
     """
     save = saver.save_checkpoint
 

@@ -167,8 +167,7 @@ class TimmRun:
         elif self._average is not None:
             keep_average_in_optimizer(inner, self._average.state_dict)
         if saver is not None:
-            headline = self._headline or ast.default_sub_net
-            count_from_target(saver, lambda: ast.is_near_target(headline))
+            count_from_target(saver, lambda: ast.at_target)
         self._epochs_left = -(-remaining // steps_per_epoch)
         self._output_dir = Path(output_dir) if output_dir else None
         _logger.info(

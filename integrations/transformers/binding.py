@@ -18,7 +18,7 @@ from ast_plugin.config import ASTConfig
 from ast_plugin.elastic_file import ELASTIC
 from ast_plugin.errors import ConfigError, WrapError
 from ast_plugin.integrations.transformers.card import write_card
-from ast_plugin.integrations.transformers.evaluation import evaluate_each, sub_net_of
+from ast_plugin.integrations.transformers.evaluation import evaluate_each
 from ast_plugin.integrations.transformers.saving import save_sub_nets
 from ast_plugin.integrations.transformers.state import SavedState, write_state
 from ast_plugin.integrations.transformers.weights import fingerprint
@@ -132,13 +132,9 @@ class Binding:
         return evaluate_each(self.trainer, ast, method, *args, **options)
 
     def _determine_best(self, method: Callable[..., bool], *args: Any, **options: Any) -> bool:
-        """Pass over evaluations of a sub-net that is not yet as sparse as it is to become."""
+        """Pass over evaluations from before all sub-nets are as sparse as they are to become."""
         ast = self._run()
-        if ast is not None:
-            name = sub_net_of(self.trainer.args.metric_for_best_model, ast.sub_nets) or ast.default_sub_net
-            if not ast.is_near_target(name):
-                return False
-        return method(*args, **options)
+        return False if ast is not None and not ast.at_target else method(*args, **options)
 
     def _save_checkpoint(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         if self._callback.ast is not None:
@@ -167,7 +163,7 @@ class Binding:
                 write_state(folder, state)
         if trainer.args.should_save or trainer.is_fsdp_enabled:  # of sharded parameters every rank has a part
             # Sub-nets that are still on their way are of use to a run that goes on, and to nobody else.
-            save_sub_nets(ast, folder, elastic=not self._in_checkpoint or all(map(ast.is_near_target, ast.sub_nets)))
+            save_sub_nets(ast, folder, elastic=not self._in_checkpoint or ast.at_target)
         if trainer.args.should_save and not self._in_checkpoint:
             write_card(ast, folder)
         return result

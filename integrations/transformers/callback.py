@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from ast_plugin.attachment import is_attached
 from ast_plugin.config import ASTConfig
 from ast_plugin.errors import ActivationError, ConfigError, StateError, WrapError
 from ast_plugin.integrations.transformers.binding import Binding, calling_trainer, check_trainer
@@ -188,6 +189,10 @@ class ASTCallback(TrainerCallback):
             self.ast.load_state_dict(found.run)
         self.ast.finish()
         self._finished = True
+        self.ast.refuse_training(
+            "the model carries the sub-nets of a Trainer whose training has ended, and other training would move one "
+            "alone; call unbind() on its ASTCallback first, or train() of that Trainer to go on"
+        )
 
     def _bind(self, trainer: Trainer) -> Binding:
         if self._binding is not None and self._binding.trainer is not trainer:
@@ -203,6 +208,11 @@ class ASTCallback(TrainerCallback):
             config = self._settings(trainer, total_steps=1, steps_per_epoch=1)
             check_best_metric(trainer.args.metric_for_best_model, self.sub_nets)
             if trainer.model is not None:
+                if is_attached(trainer.model):
+                    raise WrapError(
+                        "the model still has the sub-nets of an earlier run; call unbind() on the ASTCallback of its "
+                        "Trainer first, or detach() on the controller where there is none"
+                    )
                 optimizer = trainer.optimizer
                 known = self._method is not None
                 check_run(config, trainer.model, optimizer=optimizer, plugins=self._plugins, known_method=known)
@@ -220,6 +230,7 @@ class ASTCallback(TrainerCallback):
         if self.ast is not None:
             same = self.ast.model is model and self.ast.optimizer is optimizer and self._called is called
             if same and self._finished and folder is None:
+                self.ast.refuse_training(None)
                 return
             self.ast.detach()
             self.ast = None

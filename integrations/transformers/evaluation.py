@@ -87,7 +87,7 @@ def merged(
             metrics[f"{prefix}_{name}_{metric}"] = value
             if isinstance(value, numbers.Real):
                 ast.add_report_metric(f"{prefix}_{metric}".removeprefix("eval_"), float(value), sub_net=name)
-        metrics[f"{prefix}_{name}_sparsity"] = ast.masks.sparsity(name)
+        metrics.setdefault(f"{prefix}_{name}_sparsity", ast.masks.sparsity(name))  # unless it is a metric of the user's
     return metrics
 
 
