@@ -11,6 +11,8 @@ import datetime
 import faulthandler
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -51,6 +53,20 @@ def run_checks(module: str, folder: Path, *, ranks: int = 2, timeout: int = 300)
         if processes[rank].returncode:
             found.setdefault("launch", f"rank {rank} ended with {processes[rank].returncode}:\n{output[-4000:]}")
     return found
+
+
+def launched(command: list[str], errors: Path, *, timeout: int = 300) -> None:
+    """Run a launcher of ranks to its end; what it and they say goes to the file `errors`."""
+    with errors.open("w") as file:
+        # A group of its own: a launch that hangs is ended with the ranks that it has started.
+        folder = Path(__file__).parent.parent
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=folder, start_new_session=True)
+        try:
+            code = process.wait(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+    assert code == 0, errors.read_text()[-6000:]
 
 
 def main(module: str, folder: str, ranks: int, timeout: int, rank: int) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import launched
 from timm_runs import BATCH, COLUMNS, COMMON, EMA, HERE, NEWEST, SPARSE, STEPS, SUB_NETS, Run, Runs, figures_of
 
 pytestmark = [pytest.mark.extra("timm"), pytest.mark.slow]
@@ -49,16 +48,7 @@ def ranks(timm_runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     (folder / "runs.json").write_text(json.dumps(lines))
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(HERE / "timm_ranks.py"), str(folder)]
-    errors = folder / "stderr"
-    with errors.open("w") as file:
-        # A group of its own: a launch that hangs is ended with the ranks that it has started.
-        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=HERE.parent, start_new_session=True)
-        try:
-            code = process.wait(timeout=300)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
-    assert code == 0, errors.read_text()[-6000:]
+    launched(command, folder / "stderr")
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 

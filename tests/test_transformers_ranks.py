@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import launched
 from transformers_ranks import AGAIN, BATCH, RUNS, train
 from transformers_runs import SUB_NETS
 
@@ -25,16 +23,7 @@ def launch(folder: Path, launcher: list[str], names: list[str]) -> Found:
     """Run `transformers_ranks.py` in two processes; return what they found."""
     script = [str(HERE / "transformers_ranks.py"), str(folder), *names]
     command = [sys.executable, "-W", "ignore", "-m", *launcher, *script]
-    errors = folder / "stderr"
-    with errors.open("w") as file:
-        # A group of its own: a launch that hangs is ended with the ranks that it has started.
-        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=HERE.parent, start_new_session=True)
-        try:
-            code = process.wait(timeout=150)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
-    assert code == 0, errors.read_text()[-6000:]
+    launched(command, folder / "stderr")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

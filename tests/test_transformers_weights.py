@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers_saved
 from networks import assert_same, snapshot
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, ViTConfig, ViTForImageClassification
+from transformers import PreTrainedModel, Trainer
 from transformers_runs import pictures, sparse, trainer_of
 
 from ast_plugin.errors import StateError
@@ -21,19 +22,9 @@ from ast_plugin.integrations.transformers.weights import ensure_weights, fingerp
 pytestmark = pytest.mark.extra("hf")
 
 
-def vit(seed: int = 0) -> ViTForImageClassification:
+def vit(seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
-    config = ViTConfig(
-        image_size=8,
-        patch_size=4,
-        num_channels=1,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_labels=5,
-    )
-    return ViTForImageClassification(config)
+    return transformers_saved.vit(num_channels=1)
 
 
 def vit_trainer(folder: Path, callback: ASTCallback, **given: Any) -> Trainer:

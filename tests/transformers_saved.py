@@ -49,7 +49,7 @@ def bert() -> PreTrainedModel:
     return BertForMaskedLM(config)
 
 
-def vit() -> PreTrainedModel:
+def vit(num_channels: int = 3) -> PreTrainedModel:
     config = ViTConfig(
         hidden_size=16,
         num_hidden_layers=2,
@@ -57,6 +57,7 @@ def vit() -> PreTrainedModel:
         intermediate_size=32,
         image_size=8,
         patch_size=4,
+        num_channels=num_channels,
         num_labels=5,
     )
     return ViTForImageClassification(config)
