@@ -94,6 +94,7 @@ def sparse(**options: Any) -> ASTCallback:
 
 def arguments_of(folder: Path, kind: type[TrainingArguments] = TrainingArguments, **given: Any) -> TrainingArguments:
     """Return arguments for two short epochs on the processor, every step logged, nothing saved."""
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # transformers 4 hands it from one Trainer on to the next
     usual: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
