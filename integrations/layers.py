@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 from torch import nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 _STANDARDIZED = frozenset({"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"})  # timm's
 _STANDARDIZED |= {"WeightStandardizedConv2d"}  # Hugging Face's
+
+
+def outermost(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of one kind in `model` by name, itself under "", without those that are part of another.
+
+    Args:
+        model: Any module.
+        wanted: Returns whether a module is of the kind.
+    """
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
+        if not inside and wanted(module):
+            found.append(name)
+            yield name, module
 
 
 def class_names(module: nn.Module) -> frozenset[str]:

@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 
 from ast_plugin.hookspecs import hookimpl
-from ast_plugin.integrations.layers import class_names, convolution_reason, is_layer, is_standardized
+from ast_plugin.integrations.layers import class_names, convolution_reason, is_layer, is_standardized, outermost
 from ast_plugin.parameters import ParameterChoice, select_parameters
 from ast_plugin.slots import plain_name
 
@@ -80,17 +80,12 @@ class TimmSelection:
 
 
 def timm_networks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the networks of timm in `model` by name, itself under "", without those that are part of another.
+    """Return the networks of timm in `model` by name, itself under "", without those that are part of another.
 
     Args:
         model: Any module.
     """
-    found: list[str] = []
-    for name, module in model.named_modules():
-        inside = any(not outer or name == outer or name.startswith(f"{outer}.") for outer in found)
-        if not inside and _is_network(module):
-            found.append(name)
-            yield name, module
+    return outermost(model, _is_network)
 
 
 def _is_network(module: nn.Module) -> bool:

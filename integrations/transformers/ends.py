@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ast_plugin.integrations.layers import CONVOLUTIONS, is_layer
+from ast_plugin.integrations.layers import CONVOLUTIONS, is_layer, outermost
 from ast_plugin.slots import plain_name
 
 STEM = "input stem"
@@ -26,17 +26,12 @@ _LAST_LAYERS = re.compile(r"(?!pre_)(\w+_)?classifier|score|qa_outputs|\w*logits
 
 
 def networks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the networks of Hugging Face in `model` by name, itself under "", without those that are part of another.
+    """Return the networks of Hugging Face in `model` by name, itself under "", without those that are part of another.
 
     Args:
         model: Any module.
     """
-    found: list[str] = []
-    for name, module in model.named_modules():
-        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
-        if not inside and is_network(module):
-            found.append(name)
-            yield name, module
+    return outermost(model, is_network)
 
 
 def is_network(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.errors import StateError
+from ast_plugin.sharding import is_sharded
 
 _logger = logging.getLogger("ast_plugin.transformers")
 
@@ -29,7 +30,7 @@ def fingerprint(model: nn.Module) -> dict[str, int]:
         model: The bare model, dense; where its parameters are sharded, the result is empty.
     """
     state = model.state_dict()
-    if any(type(tensor) is not Tensor and hasattr(tensor, "placements") for tensor in state.values()):
+    if any(is_sharded(tensor) for tensor in state.values()):
         return {}
     return {name: _sum_of_bits(tensor) for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
