@@ -28,6 +28,7 @@ FLOORS = {
     "sub_nets": 0,
     "version": 0,
     "alternation": 1,
+    "channels": 1,
     "correction": 1,
     "distributions": 1,
     "kept": 1,
