@@ -20,6 +20,7 @@ LayerSparsity = float | Mapping[str, float]
 
 _SEEDS = 1 << 63  # what torch's generators take
 _INACTIVE = ("coast", "freeze")
+_SLICINGS = ("auto", "leaves", "gather", "off")
 _SCOPES = ("layer", "global", "off")
 _DROP_SCHEDULES = ("cosine", "constant")
 _GROW_INITIALIZATIONS = ("keep", "zero")
@@ -50,7 +51,7 @@ class ASTConfig:
 
     Attributes:
         sparsities: One entry a sub-net: a sparsity in [0, 1), an ``"N:M"`` string, or a `SubNetSpec`.
-            At least one; names must differ.
+            At least one; names must differ. With the pattern ``channel`` it is the share of channels to drop.
         total_steps: Optimizer steps of the whole run, over all sub-nets. Needed where a moment is given
             as a fraction.
         method: Name of the rule for mask updates: ``granet`` (the paper's), ``gmp``, ``rigl``, ``set``,
@@ -60,7 +61,7 @@ class ASTConfig:
         distribution: How a sparsity is spread over the layers: ``uniform``, ``erk``, ``global``, a plugin's,
             or a mapping from a glob on parameter names to the sparsity of the layers it matches (or to a
             mapping from sub-net names to sparsities); layers that no glob names share the rest evenly.
-            None takes what the method prescribes.
+            None takes what the method prescribes, and ``uniform`` for channel sub-nets, whose layers are groups.
         alternation: Which sub-net trains at a step: ``alternating``, ``random``, ``single_path``, ``fixed``
             or ``"fixed:NAME"``, or a plugin's.
         steps_per_epoch: Optimizer steps of an epoch; ``single_path`` needs it.
@@ -79,6 +80,9 @@ class ASTConfig:
         end_step: Step at which the targets are reached and the masks become final.
         grow_initialization: ``keep`` lets grown weights start from their shared value; ``zero`` sets those that no
             other sub-net keeps to zero, with clean optimizer state. None takes the method's.
+        slicing: How channel sub-nets compute in training: ``leaves`` with physically smaller weights that are gathered
+            before forward and whose gradients are scattered back after backward, ``gather`` the same by autograd, as
+            data-parallel training needs it, ``off`` with masked weights of full size; ``auto`` takes what fits.
         allow_empty_layers: Whether a layer may lose its last weight.
         include: Globs on parameter names; when given, only matching parameters are pruned.
         exclude: Globs on parameter names that are never pruned.
@@ -109,6 +113,7 @@ class ASTConfig:
     begin_step: Moment = 0
     end_step: Moment = 0.5
     grow_initialization: Literal["keep", "zero"] | None = None
+    slicing: Literal["auto", "leaves", "gather", "off"] = "auto"
     allow_empty_layers: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -134,6 +139,7 @@ class ASTConfig:
         if not isinstance(self.correction, CorrectionOptions):
             _check_choice("correction", self.correction, _SCOPES)
         _check_choice("inactive", self.inactive, _INACTIVE)
+        _check_choice("slicing", self.slicing, _SLICINGS)
         _check_choice("drop_schedule", self.drop_schedule, _DROP_SCHEDULES)
         if self.grow_initialization is not None:
             _check_choice("grow_initialization", self.grow_initialization, _GROW_INITIALIZATIONS)

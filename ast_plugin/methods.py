@@ -7,12 +7,13 @@ is the pattern's business, and how the sparsity is spread over the layers the di
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from ast_plugin.channels import ChannelGroup
 from ast_plugin.schedules import constant_sparsity, cubic_sparsity
 
 
@@ -35,6 +36,28 @@ class ScoreInputs:
 
 
 Score = Callable[[ScoreInputs], Tensor]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChannelScoreInputs:
+    """What a score of whole units may look at, for one channel group.
+
+    Attributes:
+        group: The group.
+        weights: The prunable weights that its units lie in, dense, by parameter name; not to be changed.
+        gradients: Their dense gradients, where there are any; None unless the method asks for them.
+        kept: The units that the sub-net keeps now, bool (units,).
+        generator: CPU generator seeded for this sub-net, step and group; the only legal source of chance.
+    """
+
+    group: ChannelGroup
+    weights: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor] | None
+    kept: Tensor
+    generator: torch.Generator
+
+
+ChannelScore = Callable[[ChannelScoreInputs], Tensor]
 
 
 class SparsitySchedule(Protocol):
@@ -60,7 +83,10 @@ class Method:
         updates: False: the first mask is the last (static).
         initial_sparsity: Sparsity at the start of the ramp; None: the target from the start.
         distribution: The distribution that the source prescribes.
-        grow_initialization: ``keep``: regrown weights go on from their shared value; ``zero``: from zero.
+        grow_initialization: ``keep``: regrown weights go on from their shared value; ``zero``: from zero. Units of
+            channel sub-nets always go on from theirs: rows and columns of zeros would get no gradient.
+        channel_score: One score a unit, (units,), in place of `drop_score` in channel sub-nets; None: the mean of
+            `drop_score` over the weights of the unit.
     """
 
     name: str
@@ -74,6 +100,7 @@ class Method:
     initial_sparsity: float | None = None
     distribution: str = "erk"
     grow_initialization: Literal["keep", "zero"] = "keep"
+    channel_score: ChannelScore | None = None
 
 
 def magnitude(inputs: ScoreInputs) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.alternation import Alternation
+from ast_plugin.channels import ChannelGroups
 from ast_plugin.config import ASTConfig
 from ast_plugin.gradients import GradientMasks
 from ast_plugin.inactive import FrozenInactive
@@ -41,6 +42,7 @@ class RunParts:
         optimizer: The torch optimizer whose step really runs.
         registry: Plugins, the built-ins among them.
         choices: All parameters, prunable or not, with the reason.
+        groups: Which channels belong together; None in a run without channel sub-nets.
         parameters: The prunable parameters.
         local: The parts of them that this rank holds; the same where none is sharded.
         layouts: How they lie on the ranks; None where a rank has all of one.
@@ -67,6 +69,7 @@ class RunParts:
     optimizer: torch.optim.Optimizer
     registry: PluginRegistry
     choices: tuple[ParameterChoice, ...]
+    groups: ChannelGroups | None
     parameters: ParameterSlots
     local: ParameterSlots
     layouts: Mapping[str, Layout | None]

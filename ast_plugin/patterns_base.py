@@ -26,6 +26,11 @@ class Pattern(ABC):
         """The sparsity that the pattern dictates, in (0, 1); None if any will do."""
         return None
 
+    @property
+    def by_groups(self) -> bool:
+        """Whether units go through several parameters and are chosen group by group (`ast_plugin.channels`)."""
+        return False
+
     def check(self, parameter: str, shape: Sequence[int]) -> None:
         """Make sure that a parameter can carry the pattern.
 

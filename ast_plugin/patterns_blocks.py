@@ -91,12 +91,20 @@ class BlockPattern(Pattern):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChannelPattern(Pattern):
-    """Whole output channels: all weights of an index of dimension 0."""
+    """Whole channels, in all parameters that they go through: a mask is rows and columns (`ast_plugin.channels`).
+
+    What is said here of units holds within one parameter: all weights of an index of dimension 0.
+    """
 
     @property
     def name(self) -> str:
         """``channel``."""
         return "channel"
+
+    @property
+    def by_groups(self) -> bool:
+        """True."""
+        return True
 
     def unit_count(self, shape: Sequence[int]) -> int:
         """Return the number of outputs."""

@@ -1,11 +1,12 @@
 """The state of the global random generators: Python's, NumPy's, torch's, and those of CUDA devices in use.
 
-The package itself draws nothing from them (`ast_plugin.updates.seeded_generator`); dropout, augmentation and the
-order of a shuffled loader do.
+The package itself draws nothing from them (`seeded_generator`); dropout, augmentation and the order of a shuffled
+loader do.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -42,3 +43,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return value.tolist() if isinstance(value, (numpy.ndarray, numpy.generic)) else value
+
+
+def seeded_generator(seed: int, sub_net: str, step: int, parameter: str) -> torch.Generator:
+    """Return a CPU generator that depends on nothing but its arguments, so that no generator state need be saved."""
+    digest = hashlib.blake2b(f"{seed}/{sub_net}/{step}/{parameter}".encode(), digest_size=8).digest()
+    generator = torch.Generator()
+    generator.manual_seed(int.from_bytes(digest, "big") >> 1)
+    return generator

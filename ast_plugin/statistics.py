@@ -68,7 +68,7 @@ class Statistics:
         if (step + 1) % self.window == 0:
             self._close_windows(step + 1)
 
-    def masks_updated(self, step: int, sub_net: str, *, target: float, achieved: float) -> None:
+    def masks_updated(self, step: int, sub_net: str, target: float, achieved: float) -> None:
         """Note the sparsity that a mask update aimed at and the one it reached, both in [0, 1]."""
         self._sparsity.append({"step": step, "sub_net": sub_net, "target": target, "achieved": achieved})
 

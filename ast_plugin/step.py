@@ -244,10 +244,8 @@ class TrainingStep:
             self._start_at_zero(name, self._update.grown)
         what = f"the masks of sub-net {name!r} at step {self.number}"
         check_same_on_all_ranks(what, parts.masks.checksum, name, model=parts.model)
-        target, achieved = self._update.target, self._update.achieved
-        self._updated, self._update = True, None
-        parts.statistics.masks_updated(self.number, name, target=target, achieved=achieved)
-        parts.registry.notify("ast_masks_updated", training=self._owner, sub_net=name, step=self.number)
+        self._updated, self._update, update = True, None, self._update
+        self._tell(update)
 
     def _dense_gradients(self) -> Mapping[str, torch.Tensor]:
         """Return the dense gradients of the step, averaged over the ranks; those of sharded parameters are already."""
@@ -341,10 +339,11 @@ class TrainingStep:
         parts = self._parts
         for name, plan in parts.updater.plans.items():
             last, end = self.last_steps[name], plan.calendar.end
-            if self.number < end or (last is not None and last >= end):
-                continue
-            if not parts.updater.is_due(name, self.number, last):
-                continue
-            update = parts.updater.finalize(name, self.number, Gathered(parts.parameters))
-            parts.statistics.masks_updated(self.number, name, target=update.target, achieved=update.achieved)
-            parts.registry.notify("ast_masks_updated", training=self._owner, sub_net=name, step=self.number)
+            late = self.number >= end and (last is None or last < end)
+            if late and parts.updater.is_due(name, self.number, last):
+                self._tell(parts.updater.finalize(name, self.number, Gathered(parts.parameters)))
+
+    def _tell(self, update: MaskUpdate) -> None:
+        self._parts.statistics.masks_updated(self.number, update.sub_net, update.target, update.achieved)
+        for name in (update.sub_net, *update.trimmed):
+            self._parts.registry.notify("ast_masks_updated", training=self._owner, sub_net=name, step=self.number)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.attachment import Attachment
+from ast_plugin.channels import ChannelGroups
 from ast_plugin.describe import Description, describe
 from ast_plugin.distributed import average_over_ranks, ranks
 from ast_plugin.errors import ConfigError, WrapError
@@ -86,6 +87,28 @@ class AlternatingSparseTraining(SavedRun):
     def step(self) -> int:
         """Optimizer steps that have happened."""
         return self._step.number
+
+    @property
+    def groups(self) -> ChannelGroups | None:
+        """Which channels belong together; None in a run without channel sub-nets."""
+        return self._parts.groups
+
+    def kept_channels(self, name: str) -> dict[str, Tensor]:
+        """Return which channels, hidden units and heads a channel sub-net keeps.
+
+        Args:
+            name: One of `sub_nets`.
+
+        Returns:
+            By group name, bool (units,), True = kept. For reading only.
+
+        Raises:
+            ConfigError: If there is no such sub-net, or its pattern is another one.
+        """
+        check_sub_net(name, self.sub_nets)
+        if not self._parts.updater.plans[name].pattern.by_groups:
+            raise ConfigError(f"sub-net {name!r} is no channel sub-net; it drops single weights or blocks of them")
+        return self._parts.updater.kept_units(name)
 
     @property
     def attached(self) -> bool:

@@ -115,7 +115,7 @@ class SavedRun(abc.ABC):
         """
         check_sub_net(sub_net, self._parts.names)
         target = self._parts.updater.plans[sub_net].target_sparsity
-        return abs(target - self._parts.masks.sparsity(sub_net)) <= _FAR_FROM_TARGET
+        return abs(target - self._parts.updater.achieved(sub_net)) <= _FAR_FROM_TARGET
 
     def save(self, path: str | Path, *, report: Mapping[str, Any] | None = None, twin: Twin | None = None) -> None:
         """Write all sub-nets into one elastic file, readable by `ast_plugin.load` and by any safetensors reader.
@@ -145,7 +145,7 @@ class SavedRun(abc.ABC):
         for name, plan in self._parts.updater.plans.items():
             if not self.is_near_target(name):
                 warnings.warn(
-                    f"sub-net {name!r} is saved with sparsity {self._parts.masks.sparsity(name):.3f}; its target is "
+                    f"sub-net {name!r} is saved with sparsity {self._parts.updater.achieved(name):.3f}; its target is "
                     f"{plan.target_sparsity:.3f}, which the masks reach at step {plan.calendar.end} (now {now})"
                     + ("; call finish() when the run is over" if now >= plan.calendar.end else ""),
                     stacklevel=2,
@@ -162,6 +162,8 @@ class SavedRun(abc.ABC):
             "history": self._parts.statistics.history(),
             "step": self._step.number,
         }
+        if self._parts.groups is not None:
+            header["channel_groups"] = [group.to_dict() for group in self._parts.groups.groups]
         if report is not None:
             header["report"] = dict(report)
         with self._events.at_rest():

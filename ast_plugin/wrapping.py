@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import fnmatch
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from ast_plugin.activation import MaskedActivation, ShardedActivation
-from ast_plugin.attachment import is_attached
+from ast_plugin.channels import ChannelGroups
 from ast_plugin.config import ASTConfig, CorrectionOptions, LayerSparsity, Moment
 from ast_plugin.distributed import from_first_rank
 from ast_plugin.distributions import Distribution, ExplicitDistribution
-from ast_plugin.errors import ConfigError, SelectionError, WrapError, near_names
+from ast_plugin.errors import ConfigError, near_names
 from ast_plugin.gradients import GradientMasks
+from ast_plugin.grouping import resolve_groups
 from ast_plugin.inactive import FrozenInactive
 from ast_plugin.masks import MaskStore
 from ast_plugin.methods import Method
 from ast_plugin.normalization import PrivateNormalization
-from ast_plugin.optimizers import innermost_optimizer, refusal_of, trained_by
+from ast_plugin.optimizers import innermost_optimizer
 from ast_plugin.packed_masks import PackedMasks
 from ast_plugin.parameters import ParameterChoice
 from ast_plugin.parts import RunParts
@@ -37,6 +39,14 @@ from ast_plugin.statistics import Statistics
 from ast_plugin.sub_nets import SubNetSpec
 from ast_plugin.training import AlternatingSparseTraining
 from ast_plugin.updates import MaskUpdater
+from ast_plugin.wrapping_checks import (
+    check_correction,
+    check_first_momentum,
+    check_in_optimizer,
+    check_kind,
+    check_outermost,
+    check_private_in_optimizer,
+)
 
 _HISTORY_POINTS = 50
 _NO_UPDATES = MaskCalendar(begin=0, end=1, interval=1, offset=0)
@@ -63,6 +73,7 @@ class ASTOptions(TypedDict, total=False):
     begin_step: Moment
     end_step: Moment
     grow_initialization: Literal["keep", "zero"] | None
+    slicing: Literal["auto", "leaves", "gather", "off"]
     allow_empty_layers: bool
     include: Sequence[str]
     exclude: Sequence[str]
@@ -78,6 +89,8 @@ def wrap(
     *,
     outermost: nn.Module | None = None,
     plugins: Sequence[object] = (),
+    example_inputs: Any = None,
+    groups: ChannelGroups | None = None,
     **options: Unpack[ASTOptions],
 ) -> AlternatingSparseTraining:
     """Attach alternating sparse training to a model and its optimizer; the training loop stays as it is.
@@ -92,6 +105,10 @@ def wrap(
         outermost: The module that the training loop calls, where that is one around `model` which does more than hold
             it: it adds the loss, or a teacher. Parameters, files and exports keep the names that they have in `model`.
         plugins: Plugin objects for this run alone, beside the installed ones.
+        example_inputs: For channel sub-nets, what the model can be called with: a tensor, a tuple of arguments or a
+            dict of keyword arguments; a batch of one is enough. None: what the model says of itself, as those of timm
+            and Hugging Face do.
+        groups: Which channels belong together, instead of a search for it.
         **options: The settings of `ASTConfig` by name, for example ``sparsities=(0.9, 0.95)``, ``total_steps=1000``.
             ``method`` may also be a `Method` object.
 
@@ -103,6 +120,7 @@ def wrap(
         SelectionError: If no parameter can be pruned, or one is missing from the optimizer.
         WrapError: If model or optimizer are wrapped already, or are of a kind that cannot be.
         PluginError: If a plugin fails to load or to answer.
+        MissingExtraError: If the search for channel groups needs a package that is not installed.
 
     Example:
         >>> ast = ast_plugin.wrap(optimizer, model, sparsities=(0.9, 0.95, 0.98), total_steps=1000)
@@ -110,11 +128,13 @@ def wrap(
     method = options.get("method")
     settings = settings_of(config, dict(options))
     optimizer = innermost_optimizer(optimizer)
-    _check_kind(optimizer, model)
-    _check_outermost(outermost, model)
+    check_kind(optimizer, model)
+    check_outermost(outermost, model)
     registry = PluginRegistry(plugins)
     rule = method if isinstance(method, Method) else registry.method(settings.method)
-    parts = _build(optimizer, model, settings, registry, rule, called=model if outermost is None else outermost)
+    called = model if outermost is None else outermost
+    search = functools.partial(resolve_groups, example_inputs=example_inputs, groups=groups)
+    parts = _build(optimizer, model, settings, registry, rule, called=called, search=search)
     parts.updater.initialize(Gathered(parts.parameters))
     if not parts.sharded:  # gathered weights are the same to all ranks
         _take_from_first_rank(parts)
@@ -166,39 +186,6 @@ def settings_of(config: ASTConfig | None, options: dict[str, Any]) -> ASTConfig:
     return config
 
 
-def _check_kind(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise WrapError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}; call wrap(optimizer, model, ...)"
-        )
-    reason = refusal_of(optimizer, model)
-    if reason is not None:
-        raise WrapError(reason)
-    for name, thing in (("model", model), ("optimizer", optimizer)):
-        if is_attached(thing):
-            raise WrapError(
-                f"the {name} is wrapped already; call detach() on its controller first, or go on using that one"
-            )
-    lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
-    if lazy:
-        raise WrapError(f"parameter {lazy[0]!r} has no shape yet; run one forward pass before wrapping the model")
-
-
-def _check_outermost(outermost: object, model: nn.Module) -> None:
-    if outermost is None:
-        return
-    if not isinstance(outermost, nn.Module):
-        raise WrapError(f"outermost must be a torch.nn.Module around the model, got {type(outermost).__name__}")
-    bare = bare_model(model)
-    if not any(module is bare for module in outermost.modules()):
-        raise WrapError(
-            f"outermost, a {type(outermost).__name__}, does not hold the model, a {type(bare).__name__}; give the "
-            "module that the training loop calls and that has this very model inside, or leave it out"
-        )
-    if is_attached(outermost):
-        raise WrapError("outermost is wrapped already; call detach() on its controller first")
-
-
 def _build(
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
@@ -207,6 +194,7 @@ def _build(
     method: Method,
     *,
     called: nn.Module,
+    search: Callable[..., tuple[ChannelGroups | None, tuple[ParameterChoice, ...]]],
 ) -> RunParts:
     specs = config.sub_nets
     names = tuple(spec.name for spec in specs)
@@ -226,8 +214,9 @@ def _build(
     bare = bare_model(model)
     reshard(bare)
     choices = tuple(registry.select_parameters(bare, include=config.include, exclude=config.exclude))
+    groups, choices = search(bare, choices, patterns.values())
     prunable = [choice for choice in choices if choice.prunable]
-    _check_in_optimizer(optimizer, bare, prunable)
+    check_in_optimizer(optimizer, bare, prunable)
     for choice in prunable:
         for pattern in patterns.values():
             pattern.check(choice.name, choice.shape)
@@ -236,15 +225,23 @@ def _build(
     masks = local_masks = MaskStore(names, {choice.name: choice.shape for choice in prunable})
     is_sharded = any(layout is not None for layout in layouts.values())
     if is_sharded:
-        _check_correction(registry)
+        check_correction(registry)
         parameters, local = ShardedSlots(bare, parameters), LocalSlots(bare, parameters)
         masks = sharded_masks = ShardedMasks(names, parameters)
         local_masks = sharded_masks.local
-    distribution = _distribution(config, names, [choice.name for choice in prunable], registry, method)
-    updater = MaskUpdater(config, plans, method=method, distribution=distribution, masks=masks)
+    layers, grouped = [choice.name for choice in prunable], [group.name for group in groups.groups] if groups else []
+    updater = MaskUpdater(
+        config,
+        plans,
+        method=method,
+        distribution=_distribution(config, names, registry, method.distribution, layers, grouped),
+        masks=masks,
+        groups=groups,
+        group_distribution=_distribution(config, names, registry, "uniform", grouped, layers),
+    )
     normalization = PrivateNormalization(bare, names, default, enabled=config.private_normalization)
-    _check_private_in_optimizer(optimizer, bare, normalization.parameter_names)
-    _check_first_momentum(optimizer, normalization.parameter_names)
+    check_private_in_optimizer(optimizer, bare, normalization.parameter_names)
+    check_first_momentum(optimizer, normalization.parameter_names)
     normalization.adopt_optimizer_state(optimizer)
     packed = PackedMasks(local, local_masks)
     gradients = GradientMasks(local, local_masks, packed, owners=parameters)
@@ -268,6 +265,7 @@ def _build(
         optimizer=optimizer,
         registry=registry,
         choices=choices,
+        groups=groups,
         parameters=parameters,
         local=local,
         layouts=layouts,
@@ -286,59 +284,21 @@ def _build(
     )
 
 
-def _check_correction(registry: PluginRegistry) -> None:
-    if registry.extends("ast_correct_gradients"):
-        raise WrapError(
-            "a plugin corrects gradients (ast_correct_gradients), and this model's are spread over the ranks, of which "
-            "it would see one part; train without the plugin, or with DistributedDataParallel"
-        )
-
-
-def _check_in_optimizer(
-    optimizer: torch.optim.Optimizer, model: nn.Module, prunable: Sequence[ParameterChoice]
-) -> None:
-    trained = trained_by(optimizer)
-    parameters = dict(model.named_parameters())
-    missing = [choice.name for choice in prunable if id(parameters[choice.name]) not in trained]
-    if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise SelectionError(
-            f"the optimizer does not train {len(missing)} of {len(prunable)} prunable parameters: {shown}; construct "
-            "the optimizer from this model's parameters (after moving or converting it), freeze them, or name them in "
-            "exclude"
-        )
-
-
-def _check_private_in_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, private: Sequence[str]) -> None:
-    trained = trained_by(optimizer)
-    for name in private:
-        parameter = model.get_parameter(name)
-        if parameter.requires_grad and id(parameter) not in trained:
-            raise SelectionError(
-                f"the optimizer does not train {name!r}, a BatchNorm parameter that every sub-net has its own of; "
-                "train it with this optimizer, freeze it, or share BatchNorm with private_normalization=False"
-            )
-
-
-def _check_first_momentum(optimizer: torch.optim.Optimizer, private: Sequence[str]) -> None:
-    """Refuse the one optimizer whose first step differs from a step with zeroed state, which fused ones are given."""
-    for group in optimizer.param_groups:
-        if private and group.get("fused") and group.get("momentum") and group.get("dampening"):
-            raise WrapError(
-                f"{type(optimizer).__name__} with fused=True and dampening={group['dampening']:g} would damp the first "
-                "step of every sub-net's BatchNorm parameters, which no optimizer damps; use fused=False, dampening=0, "
-                "or private_normalization=False"
-            )
-
-
 def _distribution(
-    config: ASTConfig, names: Sequence[str], parameters: Sequence[str], registry: PluginRegistry, method: Method
+    config: ASTConfig,
+    sub_nets: Sequence[str],
+    registry: PluginRegistry,
+    default: str,
+    ours: Sequence[str],
+    others: Sequence[str],
 ) -> Distribution:
+    """Return the distribution over `ours`; globs that name `others` alone, of other sub-nets of the run, are theirs."""
     wanted = config.distribution
     if not isinstance(wanted, Mapping):
-        return registry.distribution(wanted or method.distribution)
+        return registry.distribution(wanted or default)
     for glob, value in wanted.items():
         for name in value if isinstance(value, Mapping) else ():
-            if name not in names:
-                raise ConfigError(f"distribution[{glob!r}] names no sub-net: {name!r}; {near_names(name, names)}")
-    return ExplicitDistribution(sparsities=wanted)
+            if name not in sub_nets:
+                raise ConfigError(f"distribution[{glob!r}] names no sub-net: {name!r}; {near_names(name, sub_nets)}")
+    theirs = {glob for glob in wanted if not fnmatch.filter(ours, glob) and fnmatch.filter(others, glob)}
+    return ExplicitDistribution(sparsities={glob: value for glob, value in wanted.items() if glob not in theirs})

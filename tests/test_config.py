@@ -32,6 +32,7 @@ def test_every_setting_survives_plain_containers_json_and_weights_only_loading()
         drop_fraction=0.3,
         drop_fraction_end=0.1,
         drop_schedule="constant",
+        slicing="off",
         begin_step=0.1,
         end_step=900,
         grow_initialization="zero",

@@ -66,6 +66,10 @@ FLOORS = {
     "rewinding": 4,
     "sealed_file": 4,
     "updates": 4,
+    "channel_scores": 4,
+    "channel_updates": 4,
+    "weight_updates": 4,
+    "grouping": 4,
     "describe": 5,
     "events": 5,
     "optimizer_modes": 5,
@@ -83,7 +87,7 @@ FLOORS = {
     "demo": TOP,
 }
 # A concept that grew past one file is split as report.py, report_html.py, ...: the parts stand on the same floor.
-SPLIT_CONCEPTS = ("cli", "demo", "elastic", "export", "patterns", "plugins", "report", "training")
+SPLIT_CONCEPTS = ("cli", "demo", "elastic", "export", "patterns", "plugins", "report", "training", "wrapping")
 
 HOSTS = frozenset({"accelerate", "timm", "transformers"})
 CORE_DEPENDENCIES = frozenset({"numpy", "pluggy", "safetensors", "torch"})

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ast_plugin.methods import BUILT_IN_METHODS, Method, ScoreInputs, chance, gradient_magnitude, magnitude
-from ast_plugin.updates import seeded_generator
+from ast_plugin.random_state import seeded_generator
 
 
 def inputs(gradient: torch.Tensor | None = None) -> ScoreInputs:
