@@ -120,6 +120,7 @@ def gather(
                 pattern=(spec.pattern if spec else None) or "unstructured",
                 target_sparsity=spec.sparsity if spec else achieved,
                 achieved_sparsity=achieved,
+                dropped_channels=finite(counts.get("dropped_channels")),
                 kept_weights=kept,
                 prunable_weights=total,
                 parameters=None if dense_parameters is None else dense_parameters - total + kept,

@@ -67,6 +67,7 @@ class SubNetRecord:
         checks: Number of comparisons with the previous sub-net's gradient (one a layer, or one a step).
         conflicts: How many of them had a negative inner product.
         mean_cosine: Mean cosine over all checks, in [-1, 1]; None without checks.
+        dropped_channels: Of a channel sub-net, the share of channels that it drops, in [0, 1].
     """
 
     name: str
@@ -82,6 +83,7 @@ class SubNetRecord:
     checks: int = 0
     conflicts: int = 0
     mean_cosine: float | None = None
+    dropped_channels: float | None = None
 
     @property
     def conflict_rate(self) -> float | None:
@@ -93,9 +95,10 @@ class SubNetRecord:
         """Whether the achieved sparsity is the target to within half a percentage point.
 
         Layers that do not divide evenly into an N:M or block pattern shift it by less than that; a run that ended
-        inside the ramp by more.
+        inside the ramp by more. The target of a channel sub-net is a share of channels.
         """
-        return abs(self.achieved_sparsity - self.target_sparsity) <= 0.005
+        achieved = self.achieved_sparsity if self.dropped_channels is None else self.dropped_channels
+        return abs(achieved - self.target_sparsity) <= 0.005
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,6 +235,7 @@ def _check_range(value: Any, smallest: float, largest: float, *, where: str) -> 
 _SHARE, _COUNT = (0, 1), (0, math.inf)
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("target_sparsity", "achieved_sparsity", "sparsity", "target", "achieved", "overlap"), _SHARE),
+    **dict.fromkeys(("dropped_channels",), _SHARE),
     **dict.fromkeys(("kept_weights", "prunable_weights", "parameters", "flops", "shape"), _COUNT),
     **dict.fromkeys(("step", "steps", "checks", "conflicts"), _COUNT),
     **dict.fromkeys(("elapsed_seconds", "dense_parameters", "dense_flops"), _COUNT),

@@ -29,7 +29,20 @@ def sub_net_table(report: Report, names: Sequence[str]) -> str:
     columns: list[tuple[str, list[str], str]] = []  # heading, one cell a sub-net, cell of the dense network
     if any(net.pattern != "unstructured" for net in nets):
         columns.append(("pattern", [escaped(net.pattern) for net in nets], ""))
-    sparsities = [two_lines(percent(net.achieved_sparsity), f"target {percent(net.target_sparsity)}") for net in nets]
+    by_channel = [net.dropped_channels for net in nets]
+    if any(dropped is not None for dropped in by_channel):
+        shares = zip(by_channel, nets, strict=True)
+        dropped_channels = [
+            ABSENT if share is None else two_lines(percent(share), f"target {percent(net.target_sparsity)}")
+            for share, net in shares
+        ]
+        columns.append(("channels dropped", dropped_channels, "0 %"))
+    sparsities = [
+        percent(net.achieved_sparsity)
+        if net.dropped_channels is not None
+        else two_lines(percent(net.achieved_sparsity), f"target {percent(net.target_sparsity)}")
+        for net in nets
+    ]
     columns.append(("sparsity", sparsities, "0 %"))
     kept = [two_lines(grouped(net.kept_weights), f"of {grouped(net.prunable_weights)}") for net in nets]
     columns.append(("weights kept", kept, grouped(prunable)))

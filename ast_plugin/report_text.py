@@ -79,6 +79,10 @@ def sub_net_table(report: Report) -> TextTable:
         columns["pattern"] = [clean(net.pattern) for net in nets]
     if not all(net.on_target for net in nets):
         columns["target"] = [percent(net.target_sparsity) for net in nets]
+    if any(net.dropped_channels is not None for net in nets):
+        columns["channels dropped"] = [
+            ABSENT if net.dropped_channels is None else percent(net.dropped_channels) for net in nets
+        ]
     columns["sparsity"] = [percent(net.achieved_sparsity) for net in nets]
     columns["weights kept"] = [grouped(net.kept_weights) for net in nets]
     if any(net.parameters is not None for net in nets):

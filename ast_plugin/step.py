@@ -244,7 +244,8 @@ class TrainingStep:
             self._start_at_zero(name, self._update.grown)
         what = f"the masks of sub-net {name!r} at step {self.number}"
         check_same_on_all_ranks(what, parts.masks.checksum, name, model=parts.model)
-        self._updated, self._update, update = True, None, self._update
+        update = self._update
+        self._updated, self._update = True, None
         self._tell(update)
 
     def _dense_gradients(self) -> Mapping[str, torch.Tensor]:

@@ -141,19 +141,23 @@ class AlternatingSparseTraining(SavedRun):
             yield self.model
 
     def describe(self) -> Description:
-        """Return the table of all parameters: shape, prunable or why not, sparsity per sub-net."""
-        return describe(self._parts.choices, self.masks)
+        """Return the table of all parameters, and of the channel groups: what sub-nets keep of them, or why all."""
+        updater = self._parts.updater
+        kept = {name: updater.kept_units(name) for name, plan in updater.plans.items() if plan.pattern.by_groups}
+        return describe(self._parts.choices, self.masks, self._parts.groups, kept)
 
     def statistics(self) -> dict[str, Any]:
         """Return counts as a plain mapping.
 
         Returns:
             ``steps``, ``checks``, ``conflicts``, ``mean_cosine`` of the whole run, and under ``sub_nets`` the same for
-            each with its present ``sparsity``.
+            each with its present ``sparsity``, and ``dropped_channels``, a share in [0, 1], of channel sub-nets.
         """
         summary = self._parts.statistics.summary()
         for name, figures in summary["sub_nets"].items():
             figures["sparsity"] = self.masks.sparsity(name)
+            if self._parts.updater.plans[name].pattern.by_groups:
+                figures["dropped_channels"] = self._parts.updater.achieved(name)
         return summary
 
     def add_report_metric(self, name: str, value: float, *, sub_net: str) -> None:
