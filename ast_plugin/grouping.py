@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ast_plugin.channel_search import example_inputs_of, find_groups
 from ast_plugin.channels import ChannelGroup, ChannelGroups
 from ast_plugin.errors import ConfigError, SelectionError, StateError
 from ast_plugin.parameters import ParameterChoice
@@ -50,8 +51,6 @@ def resolve_groups(
         return None, tuple(choices)
     prunable = {choice.name for choice in choices if choice.prunable}
     if groups is None:
-        from ast_plugin.channel_search import example_inputs_of, find_groups
-
         inputs = example_inputs if example_inputs is not None else example_inputs_of(model)
         if inputs is None:
             raise ConfigError(

@@ -49,6 +49,7 @@ FLOORS = {
     "sharded_slots": 2,
     "slots": 2,
     "statistics": 2,
+    "channel_search": 3,
     "defaults": 3,
     "hookspecs": 3,
     "plugins": 3,
@@ -87,12 +88,23 @@ FLOORS = {
     "demo": TOP,
 }
 # A concept that grew past one file is split as report.py, report_html.py, ...: the parts stand on the same floor.
-SPLIT_CONCEPTS = ("cli", "demo", "elastic", "export", "patterns", "plugins", "report", "training", "wrapping")
+SPLIT_CONCEPTS = (
+    "channel_search",
+    "cli",
+    "demo",
+    "elastic",
+    "export",
+    "patterns",
+    "plugins",
+    "report",
+    "training",
+    "wrapping",
+)
 
 HOSTS = frozenset({"accelerate", "timm", "transformers"})
 CORE_DEPENDENCIES = frozenset({"numpy", "pluggy", "safetensors", "torch"})
 OPTIONAL_DEPENDENCIES = HOSTS | {
-    *("matplotlib", "onnx", "onnxruntime", "onnxscript", "rich", "sklearn", "torchvision"),
+    *("matplotlib", "onnx", "onnxruntime", "onnxscript", "rich", "sklearn", "torch_pruning", "torchvision"),
     "yaml",  # timm and transformers need it
 }
 

@@ -1,0 +1,216 @@
+"""Channel groups of any model: inner channels of blocks, hidden units, attention heads.
+
+torch-pruning's dependency graph says which layers share their channels (`channel_search_trace`), shapes say how units
+lie in the tensors (`channel_search_layout`), and every group is proven by running the network with some units gone
+(`channel_search_proof`). What cannot be proven is left whole, with the reason. The residual stream is never touched: it
+is where activations of different layers are added or concatenated.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ast_plugin.channel_search_copy import (
+    Call,
+    example_call,
+    is_transposed_linear,
+    linear_stand_ins,
+    of_one_example,
+    search_copy,
+)
+from ast_plugin.channel_search_layout import Obstacle, drafts
+from ast_plugin.channel_search_proof import INVISIBLE, Proof
+from ast_plugin.channel_search_trace import CONVOLUTIONS, Space, trace_spaces
+from ast_plugin.channels import ChannelGroup, ChannelGroups, LeftWhole
+from ast_plugin.errors import ConfigError
+from ast_plugin.parameters import select_parameters
+from ast_plugin.random_state import RandomState
+
+_STREAM = "residual stream: activations of several layers are added"
+_JOINED = "activations of several layers are concatenated"
+
+
+def find_groups(model: nn.Module, example_inputs: Any, *, prunable: Collection[str] | None = None) -> ChannelGroups:
+    """Return the groups of channels that can be dropped from a model, each of them proven by running it.
+
+    The model is copied to the CPU in float32, and stays as it is: parameters, buffers, gradients, mode, hooks, and the
+    states of the global random generators.
+
+    Args:
+        model: Any model that runs on the example inputs in eval mode.
+        example_inputs: A tensor, a tuple or list of positional arguments, or a dict of keyword arguments. Values do not
+            matter, shapes and types do; one example is enough.
+        prunable: Names of the weights that sub-nets may mask. Groups with others are left whole. None: those that
+            `ast_plugin.parameters.select_parameters` chooses.
+
+    Returns:
+        The groups in the order in which the model runs, and for each layer with prunable weights that is in none as a
+        producer, why not.
+
+    Raises:
+        ConfigError: If the model does not run on the example inputs, cannot be copied, or cannot be traced.
+        MissingExtraError: If torch-pruning is not installed.
+        SelectionError: If `prunable` is None and nothing in the model can be pruned.
+    """
+    if prunable is None:
+        prunable = [choice.name for choice in select_parameters(model) if choice.prunable]
+    call = example_call(example_inputs)
+    with _undisturbed():
+        twin = search_copy(model)
+        call, spaces = _traced(twin, call)
+        return _Search(twin, call, spaces, frozenset(prunable)).result()
+
+
+def example_inputs_of(model: nn.Module) -> Any | None:
+    """Return example inputs that the model itself knows of: for `find_groups`, None if it knows none.
+
+    Understood are ``dummy_inputs`` (Hugging Face), ``example_input_array`` (Lightning) and the input size in
+    ``pretrained_cfg`` or ``default_cfg`` (timm).
+    """
+    for name in ("example_input_array", "dummy_inputs"):
+        try:
+            known = getattr(model, name, None)
+        except Exception:  # a property that fails for this model says nothing
+            known = None
+        if isinstance(known, (torch.Tensor, tuple, list, Mapping)) and len(known):
+            return known
+    for name in ("pretrained_cfg", "default_cfg"):
+        settings = getattr(model, name, None)
+        if isinstance(settings, Mapping):
+            size = settings.get("input_size")
+            if isinstance(size, (tuple, list)) and all(type(length) is int and length > 0 for length in size):
+                return torch.zeros(1, *size)
+    return None
+
+
+def _traced(twin: nn.Module, call: Call) -> tuple[Call, list[Space]]:
+    """Return the spaces of the model, found with the first example alone where it runs on that."""
+    alone = of_one_example(call)
+    with linear_stand_ins(twin):
+        try:
+            return alone, trace_spaces(twin, alone)
+        except ConfigError:
+            return call, trace_spaces(twin, call)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Trace with gradients, whatever the caller has set, and leave nothing of it behind."""
+    randomness = RandomState()
+    state = randomness.state_dict()
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.device("cpu"),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # those of models and of torch-pruning, about the copy
+            yield
+    finally:
+        randomness.load_state_dict(state)
+
+
+class _Search:
+    def __init__(self, twin: nn.Module, call: Call, spaces: list[Space], prunable: frozenset[str]) -> None:
+        self._twin = twin
+        self._call = call
+        self._spaces = spaces
+        self._prunable = prunable
+        self._owners: dict[int, list[str]] = {}
+        for name, parameter in twin.named_parameters(remove_duplicate=False):
+            self._owners.setdefault(id(parameter), []).append(name)
+
+    def result(self) -> ChannelGroups:
+        reasons: dict[str, str] = {}
+        ready: list[list[ChannelGroup]] = []
+        for space in self._spaces:
+            if not space.producers:
+                continue
+            try:
+                self._look_at(space)
+                ready.append(list(drafts(self._twin, space)))
+            except Obstacle as obstacle:
+                reasons.update(dict.fromkeys(space.producers, str(obstacle)))
+        groups, failures = self._proven(ready)
+        for options in ready:
+            if options[0].name in failures:
+                paths = [axis.tensor.rpartition(".")[0] for axis in options[0].axes_of("out")]
+                reasons.update(dict.fromkeys(paths, failures[options[0].name]))
+        return ChannelGroups(groups=tuple(groups), left_whole=tuple(self._left_whole(groups, reasons)))
+
+    def _look_at(self, space: Space) -> None:
+        """Raise the obstacle that keeps a space whole, if there is one that needs no run to be seen."""
+        if space.added:
+            raise Obstacle(_STREAM)
+        if space.concatenated:
+            raise Obstacle(_JOINED)
+        if space.ends:
+            raise Obstacle(f"reaches {space.ends[0]}")
+        if not space.consumers:
+            raise Obstacle("no layer reads its channels")
+        modules = dict(self._twin.named_modules())
+        for path in space.passing:
+            if isinstance(modules[path], nn.Embedding):
+                raise Obstacle(f"shares its channels with the embedding {path}")
+            if isinstance(modules[path], nn.LayerNorm) and not space.mixing:
+                raise Obstacle(f"{path} normalizes over these channels, whose statistics would change")
+        for path in dict.fromkeys((*space.producers, *space.consumers)):
+            name = f"{path}.weight"
+            names = self._owners.get(id(modules[path]._parameters.get("weight")), [])
+            if not names:
+                raise Obstacle(f"the weight of {path} is computed from other tensors")
+            if len(names) > 1:
+                raise Obstacle(f"{name} is tied to {next(other for other in names if other != name)}")
+            if name not in self._prunable:
+                raise Obstacle(f"{name} is not pruned")
+
+    def _proven(self, ready: list[list[ChannelGroup]]) -> tuple[list[ChannelGroup], dict[str, str]]:
+        """Return the drafts that hold, one a space at most, and why spaces have none, by the name of their group."""
+        if not ready:
+            return [], {}
+        proof = Proof(self._twin, self._call, self._prunable)
+        unseen = proof.unseen([options[0] for options in ready])
+        failures = dict.fromkeys(unseen, INVISIBLE)
+        chosen = []
+        for options in ready:
+            if options[0].name not in failures:
+                chosen.append(options)
+        groups, wrong = proof.proven([options[0] for options in chosen])
+        for options in chosen:
+            name = options[0].name
+            if name not in wrong:
+                continue
+            found = next((draft for draft in options[1:] if not proof.failure([draft])), None)
+            if found is None:
+                failures[name] = wrong[name]
+            else:
+                groups.append(found)
+        groups, more = proof.proven(groups)
+        order = [options[0].name for options in ready]
+        return sorted(groups, key=lambda group: order.index(group.name)), failures | more
+
+    def _left_whole(self, groups: list[ChannelGroup], reasons: Mapping[str, str]) -> Iterator[LeftWhole]:
+        sliced = {axis.tensor for group in groups for axis in group.axes if axis.role == "out"}
+        between = {axis.tensor for group in groups for axis in group.axes if axis.role == "state"}
+        for path, module in self._twin.named_modules():
+            own = [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)]
+            if not any(name in self._prunable for name in own) or any(name in sliced | between for name in own):
+                continue
+            if path in reasons:
+                yield LeftWhole(name=path, reason=reasons[path])
+            elif isinstance(module, nn.MultiheadAttention):
+                yield LeftWhole(name=path, reason="nn.MultiheadAttention takes its head size from the width it reads")
+            elif isinstance(module, CONVOLUTIONS) and module.groups > 1:
+                yield LeftWhole(name=path, reason="grouped convolution whose channels are left whole")
+            elif isinstance(module, (nn.Linear, *CONVOLUTIONS)) or is_transposed_linear(module):
+                yield LeftWhole(name=path, reason="did not run on the example inputs, or not as a layer")
+            else:
+                yield LeftWhole(name=path, reason=f"weights of {type(module).__name__}, which is no layer known here")

@@ -1,0 +1,173 @@
+"""Proof by numbers: a network without some units computes what the masked network computes.
+
+Nothing that the trace or the layout says is believed. Half of the units of groups are dropped at random, once by zeros
+in rows and columns of the weights, once by smaller tensors; both networks must give the same outputs, and dropping
+must change them. Norms, biases and everything that training starts at zero or one are random here, so that nothing is
+hidden behind a neutral value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ast_plugin.channel_search_copy import Call, first_line, tensors
+from ast_plugin.channels import ChannelGroup, ChannelGroups, attribute_values, slices
+
+_CLOSE = 1e-2  # of the change that dropping makes: wrong slices differ by about as much as it, rounding by 1e-4 of it
+_VISIBLE = 1e-6  # of the outputs: below that, a change cannot be told from rounding
+
+DIFFERENT = "the sliced network computes something else than the masked one"
+INVISIBLE = "dropping its channels changes no output on the example inputs"
+
+
+class Proof:
+    """Checks groups on a copy of the model, whose values it changes.
+
+    Args:
+        model: A copy in eval mode, on the CPU, in float32.
+        call: What it is run with.
+        prunable: Names of the weights that are masked.
+    """
+
+    def __init__(self, model: nn.Module, call: Call, prunable: Collection[str]) -> None:
+        self._model = model
+        self._call = call
+        self._held: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._shapes = {name: self._held[name].shape for name in prunable if name in self._held}
+        originals = {name: tensor.detach().clone() for name, tensor in self._held.items()}
+        _randomise(model)
+        self._whole = self._run({})
+        if not all(bool(output.isfinite().all()) for output in self._whole):
+            with torch.no_grad():
+                for name, tensor in self._held.items():
+                    tensor.copy_(originals[name])
+            self._whole = self._run({})
+
+    def failure(self, groups: Sequence[ChannelGroup]) -> str:
+        """Return what is wrong with these groups taken together; empty if nothing is."""
+        kept = {group.name: _half(group) for group in groups}
+        try:
+            for group in groups:
+                for axis in group.axes:
+                    axis.check(group.units, self._held[axis.tensor].shape)
+            cuts = slices(groups, kept)
+            with self._numbers(attribute_values(groups, kept)):
+                sliced = self._run({name: cut.take(self._held[name].detach()) for name, cut in cuts.items()})
+        except Exception as error:
+            return f"the sliced network does not run: {first_line(error)}"
+        masks = ChannelGroups(groups=tuple(groups)).masks(kept, {n: s for n, s in self._shapes.items() if n in cuts})
+        masked = self._run({name: self._held[name].detach() * mask for name, mask in masks.items()})
+        if len(sliced) != len(masked):
+            return DIFFERENT
+        visible = False
+        for small, zeroed, whole in zip(sliced, masked, self._whole, strict=True):
+            if small.shape != zeroed.shape or small.isnan().any() != zeroed.isnan().any():
+                return DIFFERENT
+            change = _largest(zeroed - whole)
+            if change <= _VISIBLE * _largest(whole):
+                change = _largest(whole) * _VISIBLE * 100
+            else:
+                visible = True
+            if not _largest(small - zeroed) <= _CLOSE * change:
+                return DIFFERENT
+        return "" if visible else INVISIBLE
+
+    def proven(self, groups: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], dict[str, str]]:
+        """Return the largest part of the groups that holds together, and why each of the others does not."""
+        failure = self.failure(groups) if groups else ""
+        if not failure:
+            return list(groups), {}
+        if len(groups) == 1:
+            return [], {groups[0].name: failure}
+        middle = len(groups) // 2
+        first, wrong = self.proven(groups[:middle])
+        second, wrong_too = self.proven(groups[middle:])
+        wrong = wrong | wrong_too
+        if not first or not second or not self.failure([*first, *second]):
+            return [*first, *second], wrong
+        held = list(first)
+        for group in second:
+            failure = self.failure([*held, group])
+            if failure:
+                wrong[group.name] = f"together with other groups, {failure}"
+            else:
+                held.append(group)
+        return held, wrong
+
+    def unseen(self, groups: Sequence[ChannelGroup]) -> set[str]:
+        """Return the names of groups on whose weights no output depends, as far as one backward pass shows."""
+        if not groups:
+            return set()
+        axes = [(group.name, axis.tensor) for group in groups for axis in group.axes_of("in")]
+        with torch.enable_grad():
+            outputs = [output for output in tensors(self._call.of(self._model)) if output.requires_grad]
+            generator = torch.Generator().manual_seed(1)
+            weighted = [(output * torch.randn(output.shape, generator=generator)).sum() for output in outputs]
+            names = list(dict.fromkeys(name for _, name in axes))
+            found = torch.autograd.grad(weighted, [self._held[name] for name in names], allow_unused=True)
+        moves = {
+            name: gradient is not None and bool(gradient.any()) for name, gradient in zip(names, found, strict=True)
+        }
+        return {group.name for group in groups} - {group for group, tensor in axes if moves[tensor]}
+
+    def _run(self, tensors_by_name: Mapping[str, Tensor]) -> list[Tensor]:
+        torch.manual_seed(0)  # the same draws in every run, should the network draw any
+        with torch.no_grad():
+            output = torch.func.functional_call(
+                self._model, dict(tensors_by_name), self._call.args, self._call.kwargs, strict=False
+            )
+        return [tensor.detach() for tensor in tensors(output) if tensor.is_floating_point()]
+
+    @contextlib.contextmanager
+    def _numbers(self, values: Mapping[tuple[str, str], int]) -> Iterator[None]:
+        held = {}
+        try:
+            for (path, name), value in values.items():
+                module = self._model.get_submodule(path)
+                held[path, name] = module.__dict__[name]
+                module.__dict__[name] = value
+            yield
+        finally:
+            for (path, name), value in held.items():
+                self._model.get_submodule(path).__dict__[name] = value
+
+
+def _half(group: ChannelGroup) -> Tensor:
+    """Return flags that keep a random half of a group's units, the same ones at every call."""
+    generator = torch.Generator().manual_seed(zlib.crc32(group.name.encode()))
+    kept = torch.zeros(group.units, dtype=torch.bool)
+    kept[torch.randperm(group.units, generator=generator)[: max(1, group.units // 2)]] = True
+    return kept
+
+
+def _largest(tensor: Tensor) -> float:
+    finite = tensor[tensor.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+@torch.no_grad()
+def _randomise(model: nn.Module) -> None:
+    """Give every floating-point parameter, and running statistics, random values of a usual size."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_floating_point():
+                continue
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim >= 2 and name == "weight" and not isinstance(module, nn.Embedding):
+                parameter.copy_(noise / math.sqrt(max(1, parameter[0].numel())))
+            elif parameter.ndim == 1 and "bias" not in name:
+                parameter.copy_(1 + 0.2 * noise)
+            else:
+                parameter.add_(0.2 * noise)
+        for name, buffer in module.named_buffers(recurse=False):
+            if name == "running_mean":
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+            elif name == "running_var":
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
