@@ -33,7 +33,7 @@ def resolve_groups(
         choices: The verdict on every parameter.
         patterns: The patterns of all sub-nets.
         example_inputs: What the model can be called with: a tensor, a tuple of arguments or a dict of keyword
-            arguments. None: what the model says of itself.
+            arguments; or a function that returns them. None: what the model says of itself.
         groups: The groups, instead of a search.
 
     Returns:
@@ -51,7 +51,8 @@ def resolve_groups(
         return None, tuple(choices)
     prunable = {choice.name for choice in choices if choice.prunable}
     if groups is None:
-        inputs = example_inputs if example_inputs is not None else example_inputs_of(model)
+        given = example_inputs() if callable(example_inputs) else example_inputs
+        inputs = given if given is not None else example_inputs_of(model)
         if inputs is None:
             raise ConfigError(
                 "pattern 'channel' needs example_inputs to find out which channels of the model belong together: pass "

@@ -95,6 +95,7 @@ class RunState:
             )
             for name in parts.names:
                 masks.unpack(name, state["masks"][name])
+            _check_channels(parts, masks)
             _check_reference(state["reference"], masks)
             statistics = Statistics(parts.names, window=1)
             statistics.load_state_dict(state["statistics"])
@@ -217,6 +218,20 @@ def _check(parts: RunParts, state: Mapping[str, Any]) -> None:
     present = {name: tuple(tensor.shape) for name, tensor in parts.normalization.state(parts.default).items()}
     for tensors in private.values():
         _check_tensors("private BatchNorm tensor", tensors, present)
+
+
+def _check_channels(parts: RunParts, masks: MaskStore) -> None:
+    """Refuse masks of channel sub-nets that are not made of whole channels of this run's groups."""
+    for name, plan in parts.updater.plans.items():
+        if parts.groups is not None and plan.pattern.by_groups:
+            saved = {parameter: full(mask) for parameter, mask in masks.of(name).items()}
+            whole = parts.groups.masks(parts.groups.kept(saved), masks.shapes)
+            for parameter, mask in saved.items():
+                if not torch.equal(mask.cpu(), whole[parameter].cpu()):
+                    raise StateError(
+                        f"the saved masks of sub-net {name!r} do not drop whole channels of this run's groups in "
+                        f"{parameter!r}; resume with the pattern, include, exclude and groups of that run"
+                    )
 
 
 def _check_reference(reference: Mapping[str, Any], masks: MaskStore) -> None:

@@ -106,8 +106,8 @@ def wrap(
             it: it adds the loss, or a teacher. Parameters, files and exports keep the names that they have in `model`.
         plugins: Plugin objects for this run alone, beside the installed ones.
         example_inputs: For channel sub-nets, what the model can be called with: a tensor, a tuple of arguments or a
-            dict of keyword arguments; a batch of one is enough. None: what the model says of itself, as those of timm
-            and Hugging Face do.
+            dict of keyword arguments, of one example; or a function that returns them, asked only if there are channel
+            sub-nets. None: what the model says of itself, as those of timm and most of Hugging Face do.
         groups: Which channels belong together, instead of a search for it.
         **options: The settings of `ASTConfig` by name, for example ``sparsities=(0.9, 0.95)``, ``total_steps=1000``.
             ``method`` may also be a `Method` object.

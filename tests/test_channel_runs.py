@@ -14,9 +14,10 @@ from networks import image_batch, sgd, train
 from torch import nn
 
 import ast_plugin
+import ast_plugin.masks
 from ast_plugin.channels import ChannelGroups, GroupAxis
 from ast_plugin.elastic_file import read_elastic
-from ast_plugin.errors import ConfigError, SelectionError
+from ast_plugin.errors import ConfigError, SelectionError, StateError
 from ast_plugin.report import Report
 from ast_plugin.sub_nets import SubNetSpec
 
@@ -183,3 +184,18 @@ def test_example_inputs_are_asked_for_where_the_model_says_nothing() -> None:
         ast_plugin.wrap(sgd(model), model, sparsities=(0.5,), pattern="channel", total_steps=10)
     images, _ = image_batch(0)
     assert images.shape[1:] == (1, 8, 8)
+
+
+def test_saved_masks_of_single_weights_are_refused_by_channel_sub_nets() -> None:
+    model, optimizer, ast = wrapped()
+    train(model, optimizer, range(5))
+    state = ast.state_dict()
+    mask = ast.masks.get("s50", "blocks.0.conv1.weight").clone()
+    mask[3, 2, 1, 1] ^= True
+    other = ast_plugin.masks.MaskStore(("s50",), ast.masks.shapes)
+    other.replace("s50", {**ast.masks.of("s50"), "blocks.0.conv1.weight": mask})
+    state["masks"] = {**state["masks"], "s50": other.pack("s50")}
+    before = ast.masks.checksum()
+    with pytest.raises(StateError, match=r"do not drop whole channels of this run's groups in 'blocks\.0\.conv1"):
+        ast.load_state_dict(state)
+    assert ast.masks.checksum() == before

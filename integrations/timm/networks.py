@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+import argparse
+
+import torch
+from torch import Tensor, nn
 
 from ast_plugin.slots import bare_model
 
@@ -20,6 +23,20 @@ def network_in(module: nn.Module) -> nn.Module:
         if inner is None:
             return module
         module = inner
+
+
+def picture_for(network: nn.Module, args: argparse.Namespace) -> Tensor:
+    """Return a black picture of the size that a script trains on, (1, channels, height, width), as the network is.
+
+    Args:
+        network: The network.
+        args: The script's arguments.
+    """
+    from timm.data import resolve_data_config
+
+    size = resolve_data_config(vars(args), model=network)["input_size"]
+    like = next(network.parameters())
+    return torch.zeros(1, *size, dtype=like.dtype, device=like.device)
 
 
 def _inside(module: nn.Module) -> nn.Module | None:

@@ -14,6 +14,7 @@ import torch
 from ast_plugin.elastic_file import ELASTIC
 from ast_plugin.errors import MissingExtraError
 from ast_plugin.files import atomic_write_text
+from ast_plugin.integrations.timm.networks import picture_for
 from ast_plugin.report import Report
 from ast_plugin.slots import bare_model
 from ast_plugin.training import AlternatingSparseTraining
@@ -82,12 +83,8 @@ def write_outputs(
 
 def _example(ast: AlternatingSparseTraining, args: argparse.Namespace) -> Any:
     """Return a picture of the size that was trained on, to count operations on; None if the model takes no pictures."""
-    from timm.data import resolve_data_config
-
     network = bare_model(ast.model)
-    size = resolve_data_config(vars(args), model=network)["input_size"]
-    like = next(network.parameters())
-    picture = torch.zeros(1, *size, dtype=like.dtype, device=like.device)
+    picture = picture_for(network, args)
     try:
         with torch.no_grad(), ast.sub_net(ast.default_sub_net):
             network.eval()(picture)

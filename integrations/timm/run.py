@@ -8,6 +8,7 @@ averaged copy has been made of a model without hooks, and the number of updates 
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import logging
 import time
@@ -22,7 +23,7 @@ from ast_plugin.errors import ActivationError, ConfigError, StateError
 from ast_plugin.integrations.timm.average import RunAverage
 from ast_plugin.integrations.timm.evaluation import check_metric, count_from_target, merged, split_metric
 from ast_plugin.integrations.timm.flags import Settings
-from ast_plugin.integrations.timm.networks import network_in
+from ast_plugin.integrations.timm.networks import network_in, picture_for
 from ast_plugin.integrations.timm.outputs import write_outputs
 from ast_plugin.integrations.timm.selection import TimmSelection
 from ast_plugin.integrations.timm.state import (
@@ -148,7 +149,10 @@ class TimmRun:
         # Inside its wrappers, where they do nothing but compile and distribute: hooks stay out of compiled graphs.
         given = model if bare_model(model) is network else network
         called = model if task is None else task
-        self.ast = ast = wrap(optimizer, given, config, outermost=called, plugins=[TimmSelection()])
+        picture = functools.partial(picture_for, network, self.args)
+        self.ast = ast = wrap(
+            optimizer, given, config, outermost=called, plugins=[TimmSelection()], example_inputs=picture
+        )
         if state:
             try:
                 fresh = getattr(self.args, "no_resume_opt", False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from ast_plugin.config import ASTConfig
 from ast_plugin.errors import ActivationError, ConfigError, StateError, WrapError
 from ast_plugin.integrations.transformers.binding import Binding, calling_trainer, check_trainer
 from ast_plugin.integrations.transformers.evaluation import check_best_metric
+from ast_plugin.integrations.transformers.examples import example_inputs
 from ast_plugin.integrations.transformers.selection import TransformersSelection
 from ast_plugin.integrations.transformers.state import STATE, read_state
 from ast_plugin.integrations.transformers.weights import ensure_weights
@@ -259,7 +261,8 @@ class ASTCallback(TrainerCallback):
         if self._method is not None:
             options["method"] = self._method
         self._called = called
-        ast = wrap(optimizer, model, outermost=called, plugins=self._plugins, **options)
+        example = functools.partial(example_inputs, trainer)
+        ast = wrap(optimizer, model, outermost=called, plugins=self._plugins, example_inputs=example, **options)
         try:
             if found is not None:
                 ast.load_state_dict(found.run)
