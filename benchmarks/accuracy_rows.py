@@ -13,6 +13,7 @@ ALTERNATING = "alternating"
 SEPARATE = "separate"
 SHARE = "separate-share"
 DENSE = "dense"
+CHANNELS = (0.5, 0.75, 0.9)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,7 @@ TABLES = {
     "settings": Table(title="{measure}: difference from the alternating row", absolute=False),
     "mechanisms": Table(title="{measure}: difference from the alternating row", absolute=False),
     "separate": Table(title="{measure}: the same given to separate training", absolute=False),
+    "channels": Table(title="{measure} of channel sub-nets: mean ± standard deviation over the seeds", absolute=True),
 }
 
 
@@ -97,6 +99,10 @@ def _cycle(*stages: tuple[float, tuple[int, ...]]) -> dict[str, Any]:
 def _hook(**mechanism: Any) -> dict[str, Any]:
     """Return changes that bring in a plugin of the correction hook, called at every step."""
     return {"options": {"correction": {"scope": "layer", "first_step": True}}, "mechanisms": mechanism}
+
+
+def _channels(**options: Any) -> dict[str, Any]:
+    return {"sparsities": CHANNELS, "options": {"pattern": "channel", **options}}
 
 
 _SPARSEST_FIRST = _cycle((0, (2,)), (0.2, (2, 1)), (0.35, (2, 1, 0)))
@@ -266,6 +272,49 @@ _LIST = (
         readout=RECALIBRATED,
         tasks=("digits",),
         text="BatchNorm statistics estimated anew at the end",
+    ),
+    Row(name="channels", table="channels", changes=_channels(), text="one alternating run, granet with its ramp"),
+    Row(
+        name="channels-from-start",
+        table="channels",
+        changes=_channels(initial_sparsity=0.9),
+        text="granet, at the targets from the start",
+    ),
+    Row(
+        name="channels-short-ramp",
+        table="channels",
+        changes=_channels(end_step=0.25),
+        text="granet, ramp over a quarter of the run",
+    ),
+    Row(name="channels-gmp", table="channels", changes=_channels(method="gmp"), text="gmp: no regrowth"),
+    Row(name="channels-rigl", table="channels", changes=_channels(method="rigl"), text="rigl"),
+    Row(name="channels-static", table="channels", changes=_channels(method="static"), text="random channels, fixed"),
+    Row(
+        name="channels-global",
+        table="channels",
+        changes=_channels(distribution="global"),
+        text="one threshold over all groups",
+    ),
+    Row(
+        name="channels-correction-off",
+        table="channels",
+        changes=_channels(correction="off"),
+        text="correction off",
+    ),
+    Row(
+        name="channels-separate",
+        table="channels",
+        alone=True,
+        changes=_channels(),
+        text="trained separately, all the steps each",
+    ),
+    Row(
+        name="channels-separate-share",
+        table="channels",
+        alone=True,
+        share=None,
+        changes=_channels(),
+        text="trained separately, a third of the steps each",
     ),
 )
 

@@ -109,6 +109,7 @@ def _run_alternating(settings: Settings, task: Task, model: nn.Module) -> dict[s
         total_steps=settings.steps,
         seed=settings.seed,
         plugins=[*mechanisms, average],
+        example_inputs=task.batch(0, seed=0)[0][:1],
         **settings.ast_options(),
     )
     for mechanism in around:
