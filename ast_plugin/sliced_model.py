@@ -91,7 +91,8 @@ def slice_model(model: nn.Module, groups: ChannelGroups, kept: Mapping[str, Tens
         What became smaller, by path of the module.
 
     Raises:
-        ElasticFileError: If the model has no such tensors or numbers; it is unchanged then.
+        ElasticFileError: If the model has no such tensors or numbers, or ties them; it is unchanged then.
+        StateError: If the units do not fill a tensor; it is unchanged then.
     """
     modules = dict(model.named_modules())
     cuts = slices(groups.groups, kept)
@@ -148,7 +149,7 @@ def _check(
             found = getattr(modules.get(number.module), number.name, None)
             if found != number.per_unit * group.units:
                 raise ElasticFileError(
-                    f"channel group {group.name!r} expects {number.name} of {number.module or 'the model'!r} to be "
+                    f"channel group {group.name!r} expects {number.name} of {repr(number.module) if number.module else 'the model'} to be "
                     f"{number.per_unit * group.units}, and it is {found!r}; {remedy}"
                 )
 

@@ -1,4 +1,4 @@
-"""Small networks with channel groups, and elastic files with channel sub-nets of them, as several test files use them."""
+"""A small network with channel groups, and elastic files of its channel sub-nets, as several test files use them."""
 
 from __future__ import annotations
 
