@@ -147,9 +147,10 @@ def _check(
                 )
         for number in group.attributes:
             found = getattr(modules.get(number.module), number.name, None)
+            module = repr(number.module) if number.module else "the model"
             if found != number.per_unit * group.units:
                 raise ElasticFileError(
-                    f"channel group {group.name!r} expects {number.name} of {repr(number.module) if number.module else 'the model'} to be "
+                    f"channel group {group.name!r} expects {number.name} of {module} to be "
                     f"{number.per_unit * group.units}, and it is {found!r}; {remedy}"
                 )
 
