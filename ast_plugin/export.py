@@ -5,7 +5,6 @@ Whatever can materialize a sub-net serves as source: a training, a loaded `Elast
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import os
 import warnings
@@ -18,23 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ast_plugin.checkpoint import save_archive
-from ast_plugin.errors import ConfigError, ElasticFileError, missing_extra
+from ast_plugin.errors import ConfigError, missing_extra
 from ast_plugin.files import atomic_write
-from ast_plugin.slots import bare_model, plain_name
+from ast_plugin.plain_model import plain_copy
+from ast_plugin.slots import plain_name
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 _ONNX_PACKAGES = ("onnx", "onnxscript")
 _LARGEST_ONNX = 2_000_000_000  # bytes; protobuf ends a little above, at 2 GiB
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_hooks",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-    "_state_dict_pre_hooks",
-    "_state_dict_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 
 
 class SubNetSource(Protocol):
@@ -98,18 +88,7 @@ def export_model(source: SubNetSource, name: str, model: nn.Module) -> nn.Module
         ConfigError: If there is no such sub-net.
         ElasticFileError: If the sub-net does not fit the model.
     """
-    state = {plain_name(key): tensor for key, tensor in source.materialize(name).items()}
-    plain = copy.deepcopy(bare_model(model))
-    for module in plain.modules():
-        _remove_our_hooks(module)
-    present = {plain_name(key): key for key in plain.state_dict()}
-    try:
-        plain.load_state_dict({present.get(key, key): tensor for key, tensor in state.items()})
-    except RuntimeError as error:
-        raise ElasticFileError(
-            f"sub-net {name!r} does not fit the model: {error}; build the model as it was in training"
-        ) from error
-    return plain
+    return plain_copy(model, name, source.materialize(name))
 
 
 def sparse_state_dict(
@@ -195,17 +174,6 @@ def export_onnx(
         )
 
     atomic_write(path, write)
-
-
-def _remove_our_hooks(module: nn.Module) -> None:
-    # A copied model carries the controller's hooks with nothing behind them; pickled whole, it would need this package.
-    for place in _HOOKS:
-        hooks = getattr(module, place, {})
-        for key, hook in list(hooks.items()):
-            function = getattr(hook, "hook", hook)  # torch wraps some kinds
-            origin = getattr(function, "__module__", None) or ""
-            if origin.partition(".")[0] == "ast_plugin":
-                del hooks[key]
 
 
 def _is_sparse_matrix(tensor: Tensor, minimum_sparsity: float) -> bool:

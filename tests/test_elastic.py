@@ -18,6 +18,7 @@ from elastic_examples import (
     same_state,
     write_example,
 )
+from sliced_examples import HYBRID_GROUPS, SHARES, hybrid, random_units, write_channels
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -560,3 +561,61 @@ def test_what_is_no_path_and_what_is_no_model_is_refused(path: Path) -> None:
         load(None, network())  # type: ignore[arg-type]  # what users do
     with pytest.raises(ConfigError, match=r"model must be a torch.nn.Module, got str; call load\(path, model\)"):
         load(network(), str(path))  # type: ignore[arg-type]  # what users do
+
+
+# ------------------------------------------------------------------------------------------------ channel sub-nets
+
+
+def test_units_of_channel_sub_nets_are_read_back(tmp_path: Path) -> None:
+    elastic = load(write_channels(tmp_path / "channels.safetensors", hybrid(), HYBRID_GROUPS), hybrid())
+    assert elastic.groups == HYBRID_GROUPS
+    for name, share in SHARES.items():
+        expected = random_units(HYBRID_GROUPS, share)
+        kept = elastic.kept_channels(name)
+        assert {group: flags.tolist() for group, flags in kept.items()} == {g: f.tolist() for g, f in expected.items()}
+        kept["fc1"].zero_()
+        assert elastic.kept_channels(name)["fc1"].any()
+
+
+def test_files_without_groups_have_no_units(tmp_path: Path) -> None:
+    elastic = load(write_example(tmp_path / "elastic.safetensors"), network())
+    assert elastic.groups is None
+    with pytest.raises(ConfigError, match=r"'s80' cannot be sliced: its pattern is None; .* pattern='channel'"):
+        elastic.kept_channels("s80")
+    with pytest.raises(ConfigError, match="unknown sub-net 's8'"):
+        elastic.kept_channels("s8")
+
+
+def test_sub_nets_of_several_patterns_are_told_apart(tmp_path: Path) -> None:
+    entries = [{"name": "c50", "pattern": "channel"}, {"name": "c75", "pattern": "unstructured"}]
+    path = write_channels(tmp_path / "channels.safetensors", hybrid(), HYBRID_GROUPS, sub_nets=entries)
+    elastic = load(path, hybrid())
+    assert set(elastic.kept_channels("c50")) == {"block.expand", "attn.qkv", "fc1"}
+    with pytest.raises(ConfigError, match="'c75' cannot be sliced: its pattern is 'unstructured'"):
+        elastic.kept_channels("c75")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"units": 31}, "do not fit its tensors: 31 units in parts"),
+        ({"axes": [{"tensor": "fc9.weight", "dim": 0, "role": "in", "parts": [[0, 1]]}]}, "do not fit its tensors"),
+        ({"units": "32"}, "does not follow the elastic format: the description of channel group 'fc1' is damaged"),
+        ({"colour": "red"}, "does not follow the elastic format: the description of a channel group is damaged"),
+    ],
+)
+def test_damaged_groups_are_refused_before_the_model_is_touched(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    groups = [group.to_dict() for group in HYBRID_GROUPS.groups]
+    path = write_channels(
+        tmp_path / "channels.safetensors",
+        hybrid(),
+        HYBRID_GROUPS,
+        channel_groups=[*groups[:2], {**groups[2], **change}],
+    )
+    model = hybrid(seed=5)
+    before = model.fc1.weight.detach().clone()
+    with pytest.raises(ElasticFileError, match=message):
+        load(path, model)
+    assert torch.equal(model.fc1.weight, before)

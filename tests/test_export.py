@@ -36,6 +36,7 @@ from ast_plugin.elastic import load
 from ast_plugin.elastic_file import read_elastic
 from ast_plugin.errors import ConfigError, ElasticFileError, MissingExtraError, SaveError
 from ast_plugin.export import SubNetSource, export_model, export_onnx, export_state_dict, sparse_state_dict
+from ast_plugin.plain_model import HOOKS
 
 
 def from_contents(folder: Path) -> SubNetSource:
@@ -220,7 +221,7 @@ def test_hooks_of_this_package_are_not_copied_and_the_users_are() -> None:
     plain(images())
     assert calls == ["user"]
     for module in plain.modules():
-        for place in export._HOOKS:
+        for place in HOOKS:
             hooks = getattr(module, place).values()
             assert not any(getattr(hook, "hook", hook) is _ours for hook in hooks)
     assert len(architecture._forward_pre_hooks) == 1
