@@ -4,10 +4,13 @@ Source: Yang, Meng, Seo, Fan: "Get More at Once: Alternating Sparse Training wit
 """
 
 from ast_plugin.config import ASTConfig, CorrectionOptions
+from ast_plugin.dynamic import DynamicInference
+from ast_plugin.dynamic_policy import Hysteresis
 from ast_plugin.elastic import Elastic, load
 from ast_plugin.errors import (
     ActivationError,
     ASTError,
+    BudgetError,
     ConfigError,
     ElasticFileError,
     MissingExtraError,
@@ -19,6 +22,8 @@ from ast_plugin.errors import (
 )
 from ast_plugin.hookspecs import hookimpl
 from ast_plugin.methods import Method, ScoreInputs
+from ast_plugin.profiles import profile
+from ast_plugin.profiles_records import Profile
 from ast_plugin.report import Report
 from ast_plugin.sub_nets import SubNetSpec
 from ast_plugin.training import AlternatingSparseTraining
@@ -30,13 +35,17 @@ __all__ = [
     "ASTError",
     "ActivationError",
     "AlternatingSparseTraining",
+    "BudgetError",
     "ConfigError",
     "CorrectionOptions",
+    "DynamicInference",
     "Elastic",
     "ElasticFileError",
+    "Hysteresis",
     "Method",
     "MissingExtraError",
     "PluginError",
+    "Profile",
     "Report",
     "SaveError",
     "ScoreInputs",
@@ -47,5 +56,6 @@ __all__ = [
     "__version__",
     "hookimpl",
     "load",
+    "profile",
     "wrap",
 ]

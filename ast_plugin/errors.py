@@ -47,6 +47,10 @@ class SaveError(ASTError, RuntimeError):
     """A file could not be written; whatever stood in its place before is still there."""
 
 
+class BudgetError(ASTError, RuntimeError):
+    """No sub-net is fast enough for a latency budget."""
+
+
 class MissingExtraError(ASTError, RuntimeError):
     """A feature needs a package that is not installed; the message names the extra."""
 

@@ -3,7 +3,8 @@
 Counted by `torch.utils.flop_counter`: matrix products, convolutions and attention, two operations a multiply-add;
 additions of biases, normalisation and activation functions count for nothing. A sub-net's figure scales every
 prunable layer's share by that layer's density. It is what a runtime that skips every zero would do: masked dense
-tensors do the dense work.
+tensors do the dense work. Products with sparse tensors count what they store: two operations a stored value and column
+of the other factor.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ast_plugin.errors import ConfigError
 from ast_plugin.slots import plain_name
+
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+_SEMI_STRUCTURED = "torch.sparse.semi_structured"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,7 @@ def count_flops(model: nn.Module, parameters: Sequence[str], example_inputs: Any
     attribution = _Attribution(counter, owners)
     try:
         with _evaluating(model), torch.no_grad(), counter, attribution:
-            _call(model, example_inputs)
+            run_on(model, example_inputs)
     except Exception as error:
         raise ConfigError(
             f"example_inputs ({describe_inputs(example_inputs)}) cannot be run through the model: "
@@ -77,7 +81,8 @@ def count_flops(model: nn.Module, parameters: Sequence[str], example_inputs: Any
             "that model(...) accepts, on the model's device"
         ) from error
     return FlopCount(
-        total=counter.get_total_flops(), layers={name: attribution.layers.get(name, 0) for name in parameters}
+        total=counter.get_total_flops() - attribution.skipped,
+        layers={name: attribution.layers.get(name, 0) for name in parameters},
     )
 
 
@@ -100,6 +105,7 @@ class _Attribution(TorchDispatchMode):
         self.counter = counter
         self.owners = owners
         self.layers: dict[str, int] = {}
+        self.skipped = 0  # what the counter, which looks at shapes alone, took for work with zeros that are not stored
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -108,6 +114,8 @@ class _Attribution(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         grown = self.counter.get_total_flops() - before
         if grown:
+            dense, grown = grown, round(grown * min((_stored_share(value) for value in args), default=1.0))
+            self.skipped += dense - grown
             owner = self._owner((*args, *(kwargs or {}).values()))
             if owner is not None:
                 self.layers[owner] = self.layers.get(owner, 0) + grown
@@ -141,10 +149,28 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _call(model: nn.Module, example_inputs: Any) -> None:
+def _stored_share(value: Any) -> float:
+    """Return the share of a tensor's values that its layout stores; 1 for dense tensors and everything else."""
+    if not isinstance(value, Tensor) or not value.numel():
+        return 1.0
+    if value.layout in _COMPRESSED:
+        return value.values().numel() / value.numel()
+    return 0.5 if type(value).__module__ == _SEMI_STRUCTURED else 1.0
+
+
+def run_on(model: Callable[..., Any], example_inputs: Any) -> Any:
+    """Call a model on an example.
+
+    Args:
+        model: The network.
+        example_inputs: A tensor (or any single argument), a tuple or list of positional arguments, or a mapping of
+            keyword arguments.
+
+    Returns:
+        What the model returns.
+    """
     if isinstance(example_inputs, Mapping):
-        model(**example_inputs)
-    elif isinstance(example_inputs, (tuple, list)):
-        model(*example_inputs)
-    else:
-        model(example_inputs)
+        return model(**example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return model(*example_inputs)
+    return model(example_inputs)

@@ -60,8 +60,27 @@ def render_text(report: Report, *, layers: bool = False, width: int | None = Non
         tables.append(overlap_table(report))
     if layers:
         tables.append(layer_table(report))
+    return render_tables([clean(report.title), _summary(report)], tables, _notes(report), width=width, color=color)
+
+
+def render_tables(
+    head: Sequence[str],
+    tables: Sequence[TextTable],
+    notes: Sequence[str],
+    *,
+    width: int | None = None,
+    color: bool | None = None,
+) -> str:
+    """Return tables under a heading, by rich where it is installed, without a line break at the end.
+
+    Args:
+        head: Lines above, the first one as title; at least one.
+        tables: What is drawn; those too wide are split by columns.
+        notes: Lines below.
+        width: Columns to use; None takes the terminal's.
+        color: Whether to use colours; None uses them where standard output is a terminal.
+    """
     columns = shutil.get_terminal_size().columns if width is None else width
-    head, notes = [clean(report.title), _summary(report)], _notes(report)
     try:
         text = _with_rich(head, tables, notes, columns, sys.stdout.isatty() if color is None else color)
     except ImportError:
