@@ -29,8 +29,8 @@ _attached: weakref.WeakSet[object] = weakref.WeakSet()
 class TrainingEvents(Protocol):
     """What a controller is told, in the order of one training step."""
 
-    def before_forward(self) -> None:
-        """The model's forward is about to run."""
+    def before_forward(self, compiling: bool) -> None:
+        """The model's forward is about to run, compiled or traced if `compiling`."""
 
     def after_forward(self, raised: bool) -> object | None:
         """The forward has run, or raised. Returns what backward is to be reported with; None: do not report it."""
@@ -60,7 +60,10 @@ class TrainingEvents(Protocol):
         """A state dict of the model has been read."""
 
     def before_part_access(self) -> None:
-        """A part of the model is about to be copied, or its state dict to be read."""
+        """The state dict of a part of the model is about to be read."""
+
+    def before_copy(self, module: nn.Module) -> None:
+        """The model or a part of it is about to be copied; `module` is the outermost one."""
 
     def before_load(self) -> None:
         """A state dict of the model, or of a part, is about to be loaded."""
@@ -99,7 +102,7 @@ class Attachment:
         self._model = model
         self._events = events
         self._backward = NO_BACKWARD
-        hook = functools.partial(_ModelHook, before_copy=events.before_part_access)
+        hook = functools.partial(_ModelHook, before_copy=events.before_copy)
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(_uncompiled(lambda _, args, kwargs: events.before_step(args, kwargs))),
             optimizer.register_step_post_hook(_uncompiled(lambda *_: events.after_step())),
@@ -109,25 +112,25 @@ class Attachment:
         ]
         for module in {called, model, bare}:
             within = module is not called
-            before = _outside_graphs(self._before_forward) if within else _uncompiled(self._before_forward)
+            before = _outside_graphs(self._before_forward) if within else _told_of_graphs(self._before_forward)
             after = _outside_graphs(self._after_forward) if within else _uncompiled(self._after_forward)
             self._handles += [
-                module.register_forward_pre_hook(hook(before), prepend=True),
-                module.register_forward_hook(hook(after), always_call=True),
+                module.register_forward_pre_hook(hook(module, before), prepend=True),
+                module.register_forward_hook(hook(module, after), always_call=True),
             ]
         for module in {called, model, bare}:
             self._handles += [
-                module.register_state_dict_pre_hook(hook(self._before_state_access)),
-                module.register_state_dict_post_hook(hook(self._after_state_access)),
-                module.register_load_state_dict_pre_hook(hook(self._before_load)),
+                module.register_state_dict_pre_hook(hook(module, self._before_state_access)),
+                module.register_state_dict_post_hook(hook(module, self._after_state_access)),
+                module.register_load_state_dict_pre_hook(hook(module, self._before_load)),
             ]
         for module in model.modules():
             if module not in (called, model, bare):
                 self._handles += [
-                    module.register_state_dict_pre_hook(hook(lambda *_: events.before_part_access())),
-                    module.register_load_state_dict_pre_hook(hook(self._before_load)),
+                    module.register_state_dict_pre_hook(hook(module, lambda *_: events.before_part_access())),
+                    module.register_load_state_dict_pre_hook(hook(module, self._before_load)),
                 ]
-            self._handles.append(module.register_load_state_dict_post_hook(hook(self._after_load)))
+            self._handles.append(module.register_load_state_dict_post_hook(hook(module, self._after_load)))
         self._stateful = (called, model, bare)
         self._loading: tuple[nn.Module, object] | None = None  # the outermost module, and what all in its load have
         # Not all that the outermost module holds: a teacher or a moving average beside the network is free.
@@ -143,9 +146,9 @@ class Attachment:
             handle.remove()
         self._handles.clear()
 
-    def _before_forward(self, module: nn.Module, *_: Any) -> None:
+    def _before_forward(self, module: nn.Module, *_: Any, compiling: bool = False) -> None:
         if self._is_outermost(module):
-            self._events.before_forward()
+            self._events.before_forward(compiling or torch._C._is_tracing())
 
     def _after_forward(self, module: nn.Module, _: Any, output: Any) -> None:
         if self._is_outermost(module):
@@ -280,7 +283,10 @@ def _queue(callback: Callable[[], None]) -> None:
 class _ModelHook:
     """A module hook that stays behind when the module is copied or pickled, and has it made dense first."""
 
-    def __init__(self, function: Callable[..., None], before_copy: Callable[[], None]) -> None:
+    def __init__(
+        self, module: nn.Module, function: Callable[..., None], before_copy: Callable[[nn.Module], None]
+    ) -> None:
+        self._module = weakref.ref(module)
         self._function = function
         self._before_copy = before_copy
 
@@ -288,7 +294,9 @@ class _ModelHook:
         self._function(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        self._before_copy()  # a module's hooks are copied before the modules inside it
+        module = self._module()
+        if module is not None:
+            self._before_copy(module)  # a module's hooks are copied before the modules inside it
         return _idle_hook, ()
 
 
@@ -304,6 +312,16 @@ def _uncompiled(function: _F) -> _F:
     # Traced into a graph, the hook would run once instead of at every step, or be compiled anew at each.
     disabled: _F = torch.compiler.disable(function)
     return disabled
+
+
+def _told_of_graphs(function: _F) -> _F:
+    """Return a hook that is left out of graphs, and tells its function whether it stands in what is being compiled."""
+    disabled = _uncompiled(function)
+
+    def hook(*args: Any) -> None:
+        disabled(*args, compiling=torch.compiler.is_compiling())
+
+    return cast(_F, hook)
 
 
 def _outside_graphs(function: _F) -> _F:

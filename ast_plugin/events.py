@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
+from ast_plugin.activation import Form
 from ast_plugin.attachment import NO_BACKWARD, current_backward, is_attached, is_running
 from ast_plugin.distributed import check_every_rank_goes_on
 from ast_plugin.errors import ActivationError
@@ -56,7 +58,7 @@ class RunEvents:
         with self._step.interrupted():
             self._chosen.append(name)
             try:
-                self._parts.activation.put_on(name)
+                self._parts.activation.put_on(name, Form.SHOW)
                 yield
             finally:
                 self._chosen.pop()
@@ -73,8 +75,13 @@ class RunEvents:
                 if self._chosen:
                     self._put_chosen_on()
 
-    def before_forward(self) -> None:
+    def before_forward(self, compiling: bool) -> None:
         """Put on the scheduled sub-net in training, the default one otherwise, unless one was chosen."""
+        activation = self._parts.activation
+        if self._parts.parameters.lent():
+            activation.show()  # nothing may stand in for the tensors that were handed over
+        elif self._chosen:
+            activation.refresh(compiling=compiling)
         if self._hands_off():
             return
         if current_backward() != NO_BACKWARD:
@@ -91,10 +98,10 @@ class RunEvents:
             self._check_sharding()
             check_every_rank_goes_on(self._parts.model)
             self._step.begin()
-            self._parts.activation.put_on(self._step.scheduled)
+            activation.put_on(self._step.scheduled, self._step.form, compiling=compiling)
         else:
-            self._passing = self._passing or self._parts.activation.worn != self._parts.default
-            self._parts.activation.put_on(self._parts.default)
+            self._passing = self._passing or activation.worn != self._parts.default
+            activation.put_on(self._parts.default, compiling=compiling)
 
     def after_forward(self, raised: bool) -> Mark | None:
         """Keep the sub-net on for backward after a training forward; take it off otherwise."""
@@ -116,9 +123,12 @@ class RunEvents:
         self._parts.gradients.forget_cleared()
         if not self._chosen:
             self._parts.activation.rewind(passed)
+        if torch.is_grad_enabled():  # create_graph: the end of this backward is not reported
+            self._parts.activation.deliver_at_once(passed.small)
 
     def after_backward(self, completed: bool) -> None:
         """Make the model dense again and mask the gradients that have arrived."""
+        self._parts.activation.deliver()
         if not self._chosen:
             self._parts.activation.take_off()
         if completed:
@@ -127,6 +137,7 @@ class RunEvents:
     def end_of_backward_unseen(self) -> None:
         """Mask gradients as they arrive: their end cannot be told."""
         self._parts.gradients.attach()
+        self._parts.activation.deliver_at_once()
 
     def graph_dropped(self, passed: Mark) -> None:
         """Make the model dense again after a forward that is never followed by backward: a skipped batch.
@@ -148,6 +159,7 @@ class RunEvents:
                 f"optimizer.step() was called inside `with sub_net({self.chosen!r})`; leave the block before training "
                 "goes on"
             )
+        self._parts.activation.deliver()
         self._parts.activation.take_off()
         # args holds the optimizer itself first.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -165,7 +177,9 @@ class RunEvents:
 
     def before_state_access(self) -> None:
         """Make the model dense, unless the user chose a sub-net to look at, or looks from inside its forward."""
-        if not self._chosen and not self._is_inside_forward():
+        if self._chosen or self._is_inside_forward():
+            self._parts.activation.show()
+        else:
             self._step.rest()
 
     def after_state_access(self) -> None:
@@ -175,8 +189,15 @@ class RunEvents:
 
     def before_part_access(self) -> None:
         """Make the model dense, but inside its forward; a step in progress has it so."""
-        if not self._chosen and not self._is_inside_forward():
+        if self._chosen or self._is_inside_forward():
+            self._parts.activation.show()
+        else:
             self._step.settle_unless_stepping()
+
+    def before_copy(self, module: nn.Module) -> None:
+        """Do the same for a copy, which would take along what stands in for weights."""
+        self._parts.activation.clear(module)
+        self.before_part_access()
 
     def after_load(self) -> None:
         """Start all sub-nets from BatchNorm state that is loaded before the first step, as from that found by wrap."""
@@ -273,6 +294,6 @@ class RunEvents:
 
     def _put_chosen_on(self) -> None:
         if self._chosen:
-            self._parts.activation.put_on(self._chosen[-1])
+            self._parts.activation.put_on(self._chosen[-1], Form.SHOW)
         else:
             self._parts.activation.take_off()

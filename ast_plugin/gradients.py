@@ -53,6 +53,7 @@ class GradientMasks:
         self._handles: dict[str, tuple[weakref.ref[Tensor], RemovableHandle]] = {}
         self._captured: dict[str, _Captured] | None = None
         self._masked: dict[Pack, _Masked] = {}
+        self._clean: dict[str, _Masked] = {}
 
     def begin(self, sub_net: str, *, capture: bool) -> None:
         """Expect gradients of `sub_net`; called before every training forward.
@@ -74,7 +75,7 @@ class GradientMasks:
         """Forget the sub-net and its gradients: the step is over, or was never made."""
         self.sub_net = None
         self._captured = None
-        self._masked.clear()
+        self.masks_changed()
         self.detach()
 
     def attach(self) -> None:
@@ -119,12 +120,14 @@ class GradientMasks:
         for pack in self._packed.packs:
             gradients = self._packed.gradients(pack)
             known = self._masked.get(pack)
-            if (known is None or not known.still(gradients)) and any(g is not None for g in gradients):
+            if known is not None and known.still(gradients):
+                continue
+            if self._needs_masking(sub_net, pack, gradients):
                 kept = self._packed.kept(sub_net, pack, gradients)
                 if not kept.everything:
                     kept.keep_only_(pack.vector(gradients))
                     pack.write(gradients)
-                self._masked[pack] = _Masked(gradients)
+            self._masked[pack] = _Masked(gradients)
         for name, captured in (self._captured or {}).items():
             captured.remember(self._parameters[name].grad)
 
@@ -138,6 +141,34 @@ class GradientMasks:
     def masks_changed(self) -> None:
         """Have all gradients masked again: what was done before was for other masks."""
         self._masked.clear()
+        self._clean.clear()
+
+    def delivered(self, sub_net: str, revision: int, name: str, earlier: Tensor | None, gradient: Tensor) -> None:
+        """Note a gradient that was put together from a smaller one, with zeros everywhere else.
+
+        Args:
+            sub_net: Whose masks left the zeros.
+            revision: Of these masks.
+            name: The parameter, prunable or not.
+            earlier: The gradient that it was added to, None for none.
+            gradient: What is in ``grad`` now.
+        """
+        if sub_net != self.sub_net or revision != self._masks.revision(sub_net):
+            return
+        known = self._clean.get(name)
+        # The earlier one was added to in place, which its version number shows: once.
+        if earlier is None or (known is not None and known.still([earlier], writes=int(earlier is gradient))):
+            self._clean[name] = _Masked([gradient])
+
+    def _needs_masking(self, sub_net: str, pack: Pack, gradients: Sequence[Tensor | None]) -> bool:
+        for name, gradient in zip(pack.names, gradients, strict=True):
+            if gradient is None:
+                continue
+            known = self._clean.get(name)
+            clean = known is not None and known.still([gradient])
+            if not clean and self._masks.kept(sub_net, name) < self._masks.total(name):
+                return True
+        return False
 
     def dense(self) -> dict[str, Tensor]:
         """Return the dense gradients of this step by parameter name, summed over its micro-batches, unclipped."""
@@ -163,13 +194,13 @@ class _Masked:
     def __init__(self, gradients: Sequence[Tensor | None]) -> None:
         self._gradients = [None if g is None else (weakref.ref(g), g._version) for g in gradients]
 
-    def still(self, gradients: Sequence[Tensor | None]) -> bool:
-        """Return whether `gradients` are the same tensors, and untouched since."""
+    def still(self, gradients: Sequence[Tensor | None], *, writes: int = 0) -> bool:
+        """Return whether `gradients` are the same tensors, and written to since as many times as is known of."""
         for known, gradient in zip(self._gradients, gradients, strict=True):
             if known is None or gradient is None:
                 if known is not None or gradient is not None:
                     return False
-            elif known[0]() is not gradient or known[1] != gradient._version:  # every change in place counts one up
+            elif known[0]() is not gradient or known[1] + writes != gradient._version:  # every change counts one up
                 return False
         return True
 

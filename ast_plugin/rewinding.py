@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ast_plugin.activation import Activation
+from ast_plugin.activation import Activation, Form
 from ast_plugin.errors import ActivationError
+from ast_plugin.sliced_tensors import Small
 
 _GONE = -1  # the version of a tensor that was taken away
 _NONE = 0  # no episode: nothing is on, or is being put on or taken off
@@ -36,6 +37,8 @@ class Mark:
         revision: Of its masks then; it rises when one changes.
         versions: Version numbers of the tensors that change with the sub-net.
         writes: How many times somebody else had been found to have written to them.
+        form: What the sub-net was on for.
+        small: The smaller weights that stood in for the model's own, None where none did.
     """
 
     sub_net: str
@@ -43,6 +46,8 @@ class Mark:
     revision: int
     versions: Sequence[int]
     writes: int
+    form: Form = Form.COMPUTE
+    small: Small | None = None
 
 
 class RewindableActivation:
@@ -82,14 +87,21 @@ class RewindableActivation:
         """Name of the sub-net that is on the model, None when the model is dense."""
         return self._inner.worn
 
-    def put_on(self, sub_net: str) -> None:
-        """Make the model compute as `sub_net`; another one that is on is taken off first."""
-        if self._inner.worn == sub_net and self._resume is None and self._episode != _NONE:
+    def put_on(self, sub_net: str, form: Form = Form.COMPUTE, *, compiling: bool = False) -> None:
+        """Make the model compute as `sub_net`; another one that is on is taken off first.
+
+        Args:
+            sub_net: A sub-net's name.
+            form: What for.
+            compiling: Whether the forward that comes is compiled or traced.
+        """
+        self._inner.refresh(compiling=compiling)
+        if self._inner.is_on(sub_net, form) and self._resume is None and self._episode != _NONE:
             return
         self.take_off()
         self._resume = None  # an interrupt may have come after the taking off
         self._notice_writes()
-        self._inner.put_on(sub_net)
+        self._inner.put_on(sub_net, form)
         self._put_on = self._versions()
         self._episodes += 1
         self._episode = self._episodes
@@ -123,6 +135,8 @@ class RewindableActivation:
             revision=self._revision(self._inner.worn),
             versions=self._versions(),
             writes=self._writes,
+            form=self._inner.form,
+            small=self._inner.small,
         )
 
     def rewind(self, mark: Mark) -> None:
@@ -135,6 +149,8 @@ class RewindableActivation:
             ActivationError: If parameters are sharded: their graphs gather them anew and notice nothing.
         """
         if self._inner.worn == mark.sub_net and self._episode == mark.episode:
+            if mark.small is not None:
+                mark.small.check()
             return
         if self._is_sharded or any(hasattr(tensor, "device_mesh") for tensor in self._tensors()):
             raise ActivationError(
@@ -145,13 +161,39 @@ class RewindableActivation:
         self.take_off()
         self._notice_writes()
         if mark.writes != self._writes or mark.revision != self._revision(mark.sub_net):
+            if mark.small is not None:
+                mark.small.expire()
             return
         resume = self._versions()
-        self._inner.put_on(mark.sub_net)
+        self._inner.put_on(mark.sub_net, mark.form, small=mark.small)
         self._resume = resume
         _set_versions(self._tensors(), mark.versions)
         self._put_on = list(mark.versions)
         self._episode = mark.episode
+
+    def refresh(self, *, compiling: bool) -> None:
+        """A forward is about to run: see `Activation.refresh`."""
+        self._inner.refresh(compiling=compiling)
+
+    def clear(self, copied: nn.Module | None = None) -> None:
+        """Have nothing stand in for the model's weights: see `Activation.clear`."""
+        self._inner.clear(copied)
+
+    def show(self) -> None:
+        """Have the parameters hold the sub-net's values; graphs that were recorded go on to be good."""
+        if self._inner.worn is not None:
+            versions = self._versions()
+            self._inner.show()
+            if versions != self._versions():
+                _set_versions(self._tensors(), versions)
+
+    def deliver(self) -> None:
+        """Add gradients of what stood in for parameters to the parameters' own."""
+        self._inner.deliver()
+
+    def deliver_at_once(self, small: Small | None = None) -> None:
+        """Do so from now on whenever a gradient arrives, of `small` or of what stands in now."""
+        self._inner.deliver_at_once(self._inner.small if small is None else small)
 
     def release(self) -> None:
         """Take the sub-net off and free what is kept for putting one on."""

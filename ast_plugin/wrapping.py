@@ -34,6 +34,9 @@ from ast_plugin.schedules import MaskCalendar, resolve_calendars
 from ast_plugin.sharded_masks import ShardedMasks
 from ast_plugin.sharded_slots import LocalSlots, ShardedSlots
 from ast_plugin.sharding import Gathered, layout_of, reshard
+from ast_plugin.sliced_activation import SlicedActivation
+from ast_plugin.sliced_plans import SlicePlans
+from ast_plugin.sliced_routes import route_for
 from ast_plugin.slots import ParameterSlots, bare_model, tensor_slots
 from ast_plugin.statistics import Statistics
 from ast_plugin.sub_nets import SubNetSpec
@@ -247,8 +250,23 @@ def _build(
     gradients = GradientMasks(local, local_masks, packed, owners=parameters)
     # No graph needs the number of batches.
     changing = [*parameters, *(n for n in normalization.names if not n.endswith("_batches_tracked"))]
+    route = functools.partial(route_for, config.slicing, called, sharded=is_sharded)
+    inner = MaskedActivation(packed, normalization)
+    if is_sharded:
+        inner = ShardedActivation(packed, normalization, bare)
+    elif groups is not None:
+        inner = SlicedActivation(
+            packed,
+            normalization,
+            store=local_masks,
+            plans=SlicePlans(bare, groups, local_masks),
+            channels=[plan.name for plan in plans if plan.pattern.by_groups],
+            route=route,
+            gradients=gradients,
+        )
+    route()
     activation = RewindableActivation(
-        ShardedActivation(packed, normalization, bare) if is_sharded else MaskedActivation(packed, normalization),
+        inner,
         tensor_slots(bare, () if is_sharded else changing),
         len(parameters) + len(normalization.parameter_names),
         local_masks.revision,

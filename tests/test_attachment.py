@@ -23,8 +23,8 @@ class Recorder:
         self.events: list[str] = []
         self.dropped: list[Any] = []
 
-    def before_forward(self) -> None:
-        self.events.append("before_forward")
+    def before_forward(self, compiling: bool) -> None:
+        self.events.append("compiled forward" if compiling else "before_forward")
 
     def after_forward(self, raised: bool) -> str | None:
         self.events.append("raised" if raised else "after_forward")
@@ -53,6 +53,9 @@ class Recorder:
         pass
 
     def before_part_access(self) -> None:
+        self.events.append("part")
+
+    def before_copy(self, module: nn.Module) -> None:
         self.events.append("part")
 
     def before_load(self) -> None:

@@ -1,0 +1,70 @@
+"""Which way a channel sub-net can be computed in the present setup, and why not another one."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ast_plugin.errors import ActivationError
+
+Slicing = Literal["auto", "leaves", "gather", "off"]
+Route = Literal["leaves", "gather", "off"]
+
+
+def route_for(slicing: Slicing, called: nn.Module, compiling: bool = False, *, sharded: bool = False) -> Route:
+    """Return the route to take now.
+
+    Args:
+        slicing: The setting.
+        called: The outermost module that the training loop calls.
+        compiling: Whether the forward is being traced or compiled, or runs within compiled code.
+        sharded: Whether ranks hold parts of the parameters.
+
+    Raises:
+        ActivationError: If the setting asks for a route that would compute something else.
+    """
+    if slicing == "off":
+        return "off"
+    reason = _no_slices(called, compiling=compiling, sharded=sharded)
+    if reason is not None:
+        if slicing != "auto":
+            raise ActivationError(f'slicing="{slicing}" {reason}; use slicing="auto" or "off"')
+        return "off"
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if slicing == "leaves" and distributed:
+        raise ActivationError(
+            'slicing="leaves" gives gradients to tensors that data-parallel modules do not know, so ranks would drift '
+            'apart; use slicing="auto" or "gather" with several processes'
+        )
+    if slicing == "auto":
+        return "gather" if distributed else "leaves"
+    return slicing
+
+
+def _no_slices(called: nn.Module, *, compiling: bool, sharded: bool) -> str | None:
+    if sharded:
+        return "cannot cut weights of which every rank holds a part"
+    if compiling or is_compiled(called):
+        return (
+            "cannot be used in compiled or traced code, which does not notice that smaller weights stand in for the "
+            "model's own"
+        )
+    for module in called.modules():
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            return "cannot be used with DataParallel over several devices, which copies the weights of full size"
+    return None
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether a module or a part of it runs as compiled code."""
+    for module in model.modules():
+        if module._compiled_call_impl is not None or hasattr(type(module), "_torchdynamo_orig_callable"):
+            return True
+        if type(module).__name__ == "OptimizedModule":
+            return True
+        forward: Any = module.__dict__.get("forward")
+        if forward is not None and hasattr(forward, "_torchdynamo_orig_callable"):
+            return True
+    return False

@@ -1,0 +1,158 @@
+"""How much faster training steps of channel sub-nets are with physically smaller weights.
+
+Each contender trains three sub-nets that keep .5, .25 and .1 of the channels through `ast_plugin.wrap`, forward,
+backward and SGD with momentum, on one thread: with sliced leaf parameters and with a differentiable gather, with and
+without the correction, and masked. All of them and the plain dense network step in turn in one process; the figures
+are medians of the ratios of CPU time in each round. The whole run's ratio is that of the three sub-nets' steps together
+to three dense ones. Prints a table and writes the figures into a JSON file.
+
+    python benchmarks/sliced_training.py                               # all of it, about 20 minutes
+    python benchmarks/sliced_training.py --networks ResNet-32 --rounds 5
+    python benchmarks/sliced_training.py --resample                    # other channels at every step
+    python benchmarks/sliced_training.py --quick --output quick.json   # tiny shapes: does it run?
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ast_plugin
+from ast_plugin.files import atomic_write_text
+from sliced_tasks import NETWORKS, Task, make_task
+
+RESULTS = Path(__file__).parent / "results" / "sliced_training.json"
+KEPT = (0.5, 0.25, 0.1)
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "leaves": {"slicing": "leaves", "correction": "off"},
+    "leaves, correction": {"slicing": "leaves", "correction": "layer"},
+    "gather": {"slicing": "gather", "correction": "off"},
+    "gather, correction": {"slicing": "gather", "correction": "layer"},
+    "masked": {"slicing": "off", "correction": "off"},
+    "masked, correction": {"slicing": "off", "correction": "layer"},
+}
+# At least, for leaves without correction: what a run of channel sub-nets is to gain.
+WANTED = {"ResNet-50": (1.65, 2.5, 3.3), "ResNet-32": (1.4, 1.65, 1.9), "ViT-B blocks": (1.8, 3.4, 6.0)}
+
+
+class Steps:
+    """A network in training.
+
+    Args:
+        task: What is trained.
+        options: Settings of `ast_plugin.wrap`; None for the plain dense network.
+        resample: Whether other channels are drawn at every step.
+    """
+
+    def __init__(self, task: Task, options: dict[str, Any] | None, *, resample: bool) -> None:
+        self.task = task
+        self.model: nn.Module = task.build()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
+        self.ast: ast_plugin.AlternatingSparseTraining | None = None
+        self._drawn: dict[str, list[dict[str, Tensor]]] = {}
+        if options is not None:
+            self.ast = ast_plugin.wrap(
+                self.optimizer,
+                self.model,
+                sparsities=tuple(1 - kept for kept in KEPT),
+                method="static",
+                pattern="channel",
+                groups=task.groups,
+                **options,
+            )
+            if resample:
+                self._drawn = {name: [self._draw() for _ in range(3)] for name in self.ast.sub_nets}
+
+    def step(self) -> float:
+        """Make one step and return the seconds of CPU time that it took."""
+        if self._drawn and self.ast is not None:
+            name = self.ast.active
+            self.ast.masks.replace(name, self._drawn[name][self.ast.step // 3 % 3])
+        gc.collect()
+        began = time.process_time()
+        self.optimizer.zero_grad()
+        self.task.loss(self.model(self.task.inputs)).backward()
+        self.optimizer.step()
+        return time.process_time() - began
+
+    def _draw(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+def measure(task: Task, names: Sequence[str], *, rounds: int, resample: bool) -> dict[str, Any]:
+    """Return the dense step in ms, and the factors of every contender: by sub-net and over the whole run."""
+    dense = Steps(task, None, resample=False)
+    runs = {name: Steps(task, CONTENDERS[name], resample=resample) for name in names}
+    plain: list[float] = []
+    took: dict[str, list[list[float]]] = {name: [] for name in names}
+    for number in range(-1, rounds):
+        before = dense.step()
+        found = {name: [run.step() for _ in KEPT] for name, run in runs.items()}
+        middle = statistics.mean((before, dense.step()))
+        if number >= 0:
+            plain.append(middle)
+            for name, times in found.items():
+                took[name].append([middle / t for t in times] + [len(KEPT) * middle / sum(times)])
+    return {
+        "dense_ms": 1000 * statistics.median(plain),
+        "factors": {
+            name: [statistics.median(values) for values in zip(*rows, strict=True)] for name, rows in took.items()
+        },
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the figures as text."""
+    lines = []
+    for network, found in results["networks"].items():
+        lines.append(f"{network}: dense step {found['dense_ms']:.0f} ms")
+        lines.append(f"  {'':22}" + "".join(f"{f'kept {kept:g}':>11}" for kept in KEPT) + f"{'whole run':>11}")
+        for name, factors in found["factors"].items():
+            lines.append(f"  {name:22}" + "".join(f"{factor:>10.2f}x" for factor in factors))
+        lines.append(f"  {'at least (leaves)':22}" + "".join(f"{factor:>10.2f}x" for factor in WANTED[network]))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the table and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, help="counted rounds (default: 15; quick: 2)")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="CONTENDER")
+    parser.add_argument("--resample", action="store_true", help="draw other channels at every step")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds; the figures mean nothing")
+    parser.add_argument("--output", type=Path, default=RESULTS, help=f"JSON file (default: {RESULTS.name})")
+    args = parser.parse_args(argv)
+    rounds = args.rounds or (2 if args.quick else 15)
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "quick": args.quick,
+        "rounds": rounds,
+        "resample": args.resample,
+        "kept": KEPT,
+        "networks": {},
+    }
+    for network in args.networks:
+        print(f"Measuring: {network} ...", file=sys.stderr, flush=True)
+        task = make_task(network, quick=args.quick)
+        results["networks"][network] = measure(task, args.contenders, rounds=rounds, resample=args.resample)
+        atomic_write_text(args.output, json.dumps(results, indent=1) + "\n")
+    print(table(results))
+    print(f"\nFigures: {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
