@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from elastic_examples import Network, images, network, write_example
+from sliced_examples import HYBRID_GROUPS, hybrid, pictures, write_channels
 from torch import Tensor, nn
 
 from ast_plugin.elastic import Elastic, load
-from ast_plugin.errors import ConfigError, StateError
+from ast_plugin.errors import ConfigError, MissingExtraError, StateError
 from ast_plugin.export import export_model
 from ast_plugin.profiles import compiler, form_of, profile
 from ast_plugin.profiles_measure import (
@@ -27,6 +28,7 @@ from ast_plugin.profiles_measure import (
     threads,
     waiting,
 )
+from ast_plugin.profiles_picture import check_picture, write_picture
 from ast_plugin.profiles_records import LeftOut, Profile, ProfileRecord
 from ast_plugin.profiles_text import profile_table, render_profile
 
@@ -175,9 +177,9 @@ def test_memory_that_tensors_share_counts_once() -> None:
 def test_memory_of_sparse_tensors_is_that_of_their_parts() -> None:
     module = nn.Module()
     rows, columns = torch.arange(5), torch.arange(4)
-    module.register_buffer("csr", torch.sparse_csr_tensor(rows, columns, torch.ones(4), (4, 4)))
+    module.register_buffer("csr", torch.sparse_csr_tensor(rows, columns, torch.ones(4), (4, 4), check_invariants=True))
     blocks = torch.tensor([0, 1, 2]), torch.tensor([0, 1]), torch.ones(2, 2, 2)
-    module.bsr = torch.sparse_bsr_tensor(*blocks, (4, 4))  # a plain attribute
+    module.bsr = torch.sparse_bsr_tensor(*blocks, (4, 4), check_invariants=True)  # a plain attribute
     # indices of 8 bytes, values of 4
     assert memory_bytes([module]) == 8 * (5 + 4) + 4 * 4 + 8 * (3 + 2) + 4 * 8
 
@@ -320,3 +322,66 @@ def test_the_table_is_plain_without_rich(monkeypatch: pytest.MonkeyPatch) -> Non
     text = str(Profile(records=(record("s50", "dense", 4), record("s80", "dense", 2))))
     assert "\nsub-net   form  sparsity" in text
     assert "\n-------  -----  --------" in text
+
+
+def test_channel_sub_nets_are_measured_as_they_are_compiled(tmp_path: Path) -> None:
+    model = hybrid()
+    path = write_channels(tmp_path / "channels.safetensors", model, HYBRID_GROUPS)
+    channels = load(path, model)
+    found = profile(channels, pictures(1), forms=("dense", "sliced", "2:4"), runs=1, warmup=0)
+    assert [(r.sub_net, r.form) for r in found.records] == [(n, f) for n in ("c50", "c75") for f in ("dense", "sliced")]
+    dense, half, _, quarter = found.records
+    for smaller, larger in ((half, dense), (quarter, half)):
+        for cost in ("flops", "memory_bytes", "file_bytes"):
+            assert getattr(smaller, cost) < getattr(larger, cost)
+    assert {(entry.form, entry.sub_net) for entry in found.left_out} == {("2:4", "c50"), ("2:4", "c75")}
+
+
+def test_sub_nets_without_channels_are_not_sliced(elastic: Elastic) -> None:
+    found = profile(elastic, images(), forms=("dense", "sliced"), runs=1, warmup=0)
+    assert [(r.sub_net, r.form) for r in found.records] == [("s50", "dense"), ("s80", "dense")]
+    assert "channel" in found.left_out[0].reason
+
+
+@pytest.mark.extra("report")
+@pytest.mark.parametrize(("suffix", "start"), [(".svg", b"<?xml"), (".PNG", b"\x89PNG"), (".pdf", b"%PDF")])
+def test_the_picture_is_written_as_its_suffix_says(suffix: str, start: bytes, tmp_path: Path) -> None:
+    records = (
+        record("s50", "dense", 4, metrics={"top1": 0.5, "loss": 1}, memory_bytes=1000),
+        record("s80", "csr", 1, metrics={"top1": 0.4, "loss": 2}, memory_bytes=500),
+        record("s95", "csr", 1, metrics={"loss": 3}),
+    )
+    path = tmp_path / f"profile{suffix}"
+    write_picture(Profile(records=records, example_input="1 x 3"), path)
+    assert path.read_bytes().startswith(start)
+    again = tmp_path / f"again{suffix}"
+    write_picture(Profile(records=records, example_input="1 x 3"), again, metric="top1")
+    assert again.read_bytes() == path.read_bytes()
+    write_picture(Profile(records=records, example_input="1 x 3"), again, metric="loss")
+    assert again.read_bytes() != path.read_bytes()
+
+
+@pytest.mark.extra("report")
+def test_the_picture_names_what_it_shows(tmp_path: Path) -> None:
+    path = tmp_path / "profile.svg"
+    with_svg_text = Profile(records=(record("s50", "dense", 4, flops=10), record("s80", "sliced", 2, flops=5)))
+    write_picture(with_svg_text, path)
+    text = path.read_text(encoding="utf-8")
+    for word in ("latency, ms", "FLOPs", "share of weights kept", "s50", "sliced"):
+        assert f"<!-- {word} -->" in text
+    assert "memory" not in text
+
+
+@pytest.mark.extra("report")
+def test_a_picture_that_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
+    found = Profile(records=(record("s50", "dense", 4, metrics={"top1": 0.5}),))
+    with pytest.raises(ConfigError, match=r"picture must end in .svg, .png, .pdf, got .*profile.txt"):
+        write_picture(found, tmp_path / "profile.txt")
+    with pytest.raises(ConfigError, match="metric 'top5' is none of the profile's; known: top1"):
+        write_picture(found, tmp_path / "profile.svg", metric="top5")
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match=r"a picture needs the package 'matplotlib'.*ast-plugin\[report\]"):
+        check_picture(tmp_path / "profile.svg")
