@@ -134,12 +134,13 @@ def test_a_network_that_fails_on_the_example_is_reported(elastic: Elastic) -> No
         ({"forms": []}, r"forms must be a list of at least one name, got \[\]"),
         ({"sub_nets": []}, r"sub_nets must be a list of at least one name, got \[\]"),
         ({"sub_nets": ["s90"]}, "there is no sub-net 's90': did you mean"),
+        ({"forms": ["dense", "csc"], "build": None}, "unknown form 'csc': did you mean 'csr'"),
         ({"forms": ["csr"]}, r"forms=\('csr',\) leave nothing to measure \(s50 as csr: no csr here; .* add 'dense'"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, Any], complaint: str, elastic: Elastic) -> None:
     with pytest.raises(ConfigError, match=complaint):
-        profile(elastic, images(), build=build(elastic), **options)
+        profile(elastic, images(), **{"build": build(elastic), **options})
 
 
 def test_threads_are_set_for_the_measurement_alone() -> None:
@@ -341,6 +342,15 @@ def test_sub_nets_without_channels_are_not_sliced(elastic: Elastic) -> None:
     found = profile(elastic, images(), forms=("dense", "sliced"), runs=1, warmup=0)
     assert [(r.sub_net, r.form) for r in found.records] == [("s50", "dense"), ("s80", "dense")]
     assert "channel" in found.left_out[0].reason
+
+
+def test_inputs_that_no_form_accepts_are_reported(elastic: Elastic) -> None:
+    with pytest.raises(
+        ConfigError, match=r"sub-net 's50' cannot be made 'csr' on example_inputs \(1 x 9\): RuntimeError"
+    ):
+        compiler(elastic, torch.zeros(1, 9))("s50", "csr")
+    with pytest.raises(ConfigError, match=r"example_inputs \(1 x 9\) cannot be run through the network"):
+        profile(elastic, torch.zeros(1, 9), forms=["csr", "dense"])
 
 
 @pytest.mark.extra("report")
