@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ast_plugin import cli_demo, cli_files, cli_plugins
+from ast_plugin import cli_demo, cli_files, cli_plugins, cli_profile
 from ast_plugin.errors import ASTError, ConfigError
 from ast_plugin.version import __version__
 
@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     cli_demo.add_parser(commands)
     cli_files.add_parsers(commands)
+    cli_profile.add_parser(commands)
     cli_plugins.add_parser(commands)
     return parser
 

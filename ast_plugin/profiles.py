@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ast_plugin.compile import FORMS as KNOWN_FORMS
 from ast_plugin.elastic_contents import StoredSubNet
-from ast_plugin.errors import ASTError, ConfigError
+from ast_plugin.errors import ASTError, ConfigError, near_names
 from ast_plugin.profiles_measure import (
     Clock,
     Runnable,
@@ -92,6 +93,9 @@ def profile(
     chosen = tuple(dict.fromkeys(elastic.sub_nets if sub_nets is None else sub_nets))
     for name in chosen:
         check_sub_net(name, elastic.sub_nets)
+    for form in forms if build is None else ():
+        if form not in KNOWN_FORMS:
+            raise ConfigError(f"unknown form {form!r}: {near_names(str(form), KNOWN_FORMS)}")
     check_counts(runs=runs, warmup=warmup, num_threads=num_threads)
     make = build or compiler(elastic, example_inputs)
     records: list[ProfileRecord] = []
@@ -195,7 +199,15 @@ def compiler(elastic: Any, example_inputs: Any) -> Build:
     inputs = tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs
 
     def build(sub_net: str, form: str) -> Runnable:
-        network: Runnable = elastic.compile(sub_net, form, inputs)
+        try:
+            network: Runnable = elastic.compile(sub_net, form, inputs)
+        except ASTError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"sub-net {sub_net!r} cannot be made {form!r} on example_inputs ({describe_inputs(example_inputs)}): "
+                f"{type(error).__name__}: {error}; give inputs that the network accepts, or another form"
+            ) from error
         layers = _told(network).get("layers")
         if layers is not None and not any(layer["form"] == form for layer in layers) and form != "auto":
             raise ConfigError("it pays in no layer, so the network would be the dense one")

@@ -123,8 +123,8 @@ class _Attribution(TorchDispatchMode):
 
     def _owner(self, values: Sequence[Any]) -> str | None:
         for value in values:
-            # Exact classes only: other subclasses (nested, distributed) need not have a storage.
-            if type(value) in (Tensor, nn.Parameter):
+            # Exact classes only: other subclasses (nested, distributed) need not have a storage; sparse ones have none.
+            if type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided:
                 owner = self.owners.get(value.untyped_storage().data_ptr())
                 if owner is not None:
                     return owner

@@ -28,7 +28,7 @@ from ast_plugin.masks import MaskStore
 from ast_plugin.report import Report
 from ast_plugin.version import __version__
 
-COMMANDS = ("demo", "inspect", "report", "export", "plugins")
+COMMANDS = ("demo", "inspect", "report", "export", "profile", "plugins")
 
 
 @pytest.fixture

@@ -369,6 +369,21 @@ def test_requests_are_answered_as_by_the_sub_net_alone_and_in_inference_mode(ela
     assert elastic.active == elastic.default_sub_net
 
 
+def test_compiled_sub_nets_are_served(elastic: Elastic) -> None:
+    dynamic = DynamicInference(elastic, math.inf, [images()], form="dense", runs=1)
+    assert {net.form for net in dynamic.report().sub_nets} == {"dense"}
+    want = export_model(elastic, "s80", elastic.model)(images())
+    dynamic.pin("s80")
+    assert torch.equal(dynamic(images()), want)
+
+
+def test_a_form_that_a_sub_net_cannot_have_is_refused(elastic: Elastic) -> None:
+    with pytest.raises(ConfigError, match="sliced"):
+        DynamicInference(elastic, math.inf, images(), form="sliced")
+    with pytest.raises(ConfigError, match="unknown form 'fast'"):
+        DynamicInference(elastic, math.inf, images(), form="fast")
+
+
 def test_equal_tensors_are_in_memory_once(elastic: Elastic) -> None:
     apart = DynamicInference(elastic, math.inf, images(), build=dense(elastic), runs=1, share=False)
     shared = DynamicInference(elastic, math.inf, images(), build=dense(elastic), runs=1)
