@@ -163,7 +163,7 @@ def _told_sliced(args: argparse.Namespace) -> int:
     )
     print("import json\nfrom typing import Any\n\nimport safetensors.torch\nimport torch\nfrom torch import nn\n\n")
     print(python_source.getsource(shrink) + "\n")
-    print(f"shrink(model, json.load(open({json.dumps(str(sizes), ensure_ascii=False)})))")
+    print(f"with open({json.dumps(str(sizes), ensure_ascii=False)}) as file:\n    shrink(model, json.load(file))")
     print(_loading(args.to))
     return 0
 
