@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect as python_source
 import json
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ from ast_plugin.elastic_file import ELASTIC, read_elastic
 from ast_plugin.errors import ConfigError, StateError
 from ast_plugin.export import SUFFIXES, export_state_dict
 from ast_plugin.export_folder import export_folder
+from ast_plugin.export_sliced import check_form, shrink, sizes_path
 from ast_plugin.export_weights import INDEX, MODEL
 from ast_plugin.report import Report
 from ast_plugin.report_format import clean, count, decimals, grouped, percent, shape
@@ -57,7 +59,8 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "write one sub-net as an ordinary state dict or saved model, which loads without this package",
         "ast-plugin export elastic.safetensors --sub-net s95 --to s95.safetensors\n"
         "  ast-plugin export elastic.safetensors --sub-net 2:4 --to half.pt\n"
-        "  ast-plugin export saved-model --sub-net s95 --to saved-model-s95",
+        "  ast-plugin export saved-model --sub-net s95 --to saved-model-s95\n"
+        "  ast-plugin export elastic.safetensors --sub-net c75 --form sliced --to small.safetensors",
     )
     export.set_defaults(run=run_export)
     export.add_argument("file", type=Path, metavar="FILE", help=_FILE)
@@ -70,6 +73,14 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="file to write, whose suffix (.safetensors, .pt or .pth) says how; if FILE is a folder with a saved model "
         "beside the elastic file, also a folder to write",
     )
+    export.add_argument(
+        "--form",
+        default="dense",
+        metavar="NAME",
+        help="dense: with zeros (default); sliced: without the dropped units of a channel sub-net, and beside it, as "
+        ".json, what became smaller",
+    )
+    export.add_argument("--untrained", action="store_true", help="write a sub-net that was never trained too")
 
 
 def run_inspect(args: argparse.Namespace) -> int:
@@ -124,28 +135,53 @@ def run_report(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     """Write one sub-net as a state dict, or as a folder like the one that the model was saved in."""
+    check_form(args.form)
     if args.file.is_dir() and args.to.suffix.lower() not in SUFFIXES:
         return _export_folder(args)
     contents = read_elastic(args.file)
     _check_other_file("--to", args.to, args.file)
     if args.file.is_dir():
         _check_outside("--to", args.to, args.file)
-    export_state_dict(contents, args.sub_net, args.to)
+    export_state_dict(contents, args.sub_net, args.to, form=args.form, allow_untrained=args.untrained)
+    if args.form == "sliced":
+        return _told_sliced(args)
     kept, total = contents.records[args.sub_net].kept, contents.records[args.sub_net].total
     print(
         f"{clean(args.to)}: sub-net {clean(args.sub_net)}, {grouped(kept)} of {grouped(total)} prunable weights, "
         "the rest zeros.\nLoad it, without this package:"
     )
-    file = json.dumps(str(args.to), ensure_ascii=False)
-    if args.to.suffix.lower() != ".safetensors":
-        print(f"  model.load_state_dict(torch.load({file}, weights_only=True))")
-    else:
-        print(f"  model.load_state_dict(safetensors.torch.load_file({file}))")
+    print(f"  {_loading(args.to)}")
     return 0
 
 
+def _told_sliced(args: argparse.Namespace) -> int:
+    sizes = sizes_path(args.to)
+    bytes_written = args.to.stat().st_size
+    print(
+        f"{clean(args.to)}: sub-net {clean(args.sub_net)} without its dropped units, {count(bytes_written)}B; "
+        f"{clean(sizes)}: what became smaller.\nLoad it, without this package, with these lines:\n"
+    )
+    print("import json\nfrom typing import Any\n\nimport safetensors.torch\nimport torch\nfrom torch import nn\n\n")
+    print(python_source.getsource(shrink) + "\n")
+    print(f"with open({json.dumps(str(sizes), ensure_ascii=False)}) as file:\n    shrink(model, json.load(file))")
+    print(_loading(args.to))
+    return 0
+
+
+def _loading(path: Path) -> str:
+    file = json.dumps(str(path), ensure_ascii=False)
+    if path.suffix.lower() != ".safetensors":
+        return f"model.load_state_dict(torch.load({file}, weights_only=True))"
+    return f"model.load_state_dict(safetensors.torch.load_file({file}))"
+
+
 def _export_folder(args: argparse.Namespace) -> int:
-    done = export_folder(args.file, args.sub_net, args.to)
+    if args.form != "dense":
+        raise ConfigError(
+            f"--to {str(args.to)!r} is a folder, which stock loading takes for a whole model: the configuration in it "
+            "has no words for layers of different widths; give a file to write, such as small.safetensors"
+        )
+    done = export_folder(args.file, args.sub_net, args.to, allow_untrained=args.untrained)
     first, *others = done.weights
     more = f" and {len(others)} more" if others else ""
     print(f"{clean(args.to)}: sub-net {clean(args.sub_net)} in {clean(first)}{more}.")

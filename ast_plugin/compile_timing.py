@@ -68,8 +68,8 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], *, seconds: float) -
 
 def same_outputs(one: Any, other: Any) -> bool:
     """Return whether two outputs of a model have the same structure, and tensors that agree to float tolerance."""
-    pairs = list(zip(_tensors(one), _tensors(other), strict=False))
-    if len(list(_tensors(one))) != len(list(_tensors(other))):
+    pairs = list(zip(output_tensors(one), output_tensors(other), strict=False))
+    if len(list(output_tensors(one))) != len(list(output_tensors(other))):
         return False
     return all(_close(left, right) for left, right in pairs)
 
@@ -84,15 +84,16 @@ def _close(left: Tensor, right: Tensor) -> bool:
     return torch.allclose(left / scale, right / scale, rtol=0, atol=_TOLERANCE, equal_nan=True)
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def output_tensors(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors in what a model returns or is given: tensors, mappings, tuples and lists of them."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
         for value in output.values():
-            yield from _tensors(value)
+            yield from output_tensors(value)
     elif isinstance(output, (tuple, list)):
         for value in output:
-            yield from _tensors(value)
+            yield from output_tensors(value)
 
 
 def _wait() -> None:

@@ -1,11 +1,10 @@
-"""One sub-net as something that needs this package no more: a state dict, a model, sparse tensors, ONNX.
+"""One sub-net as something that needs this package no more: a state dict, a model, sparse tensors.
 
 Whatever can materialize a sub-net serves as source: a training, a loaded `Elastic`, or the contents of an elastic file.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,14 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ast_plugin.checkpoint import save_archive
-from ast_plugin.errors import ConfigError, missing_extra
+from ast_plugin.errors import ConfigError
+from ast_plugin.export_sliced import check_form, check_trained, sizes_path, sliced_copy, sliced_state, write_sizes
 from ast_plugin.files import atomic_write
 from ast_plugin.plain_model import plain_copy
 from ast_plugin.slots import plain_name
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
-_ONNX_PACKAGES = ("onnx", "onnxscript")
-_LARGEST_ONNX = 2_000_000_000  # bytes; protobuf ends a little above, at 2 GiB
 
 
 class SubNetSource(Protocol):
@@ -34,20 +32,34 @@ class SubNetSource(Protocol):
         """Return the state dict of the sub-net `name`, with zeros at dropped weights."""
 
 
-def export_state_dict(source: SubNetSource, name: str, path: str | os.PathLike[str]) -> None:
+def export_state_dict(
+    source: SubNetSource,
+    name: str,
+    path: str | os.PathLike[str],
+    *,
+    form: str = "dense",
+    allow_untrained: bool = False,
+) -> None:
     """Write one sub-net as an ordinary state dict, which loads in the same architecture without this package.
 
     ``.safetensors`` files load with ``model.load_state_dict(safetensors.torch.load_file(path))``: tied tensors are
     stored under each of their names, since that format cannot share. ``.pt`` and ``.pth`` files load with
     ``torch.load(path, weights_only=True)``. Zeros are stored like other numbers: the file is as large as a dense one.
 
+    In the form ``sliced`` the dropped units of a channel sub-net are left out. What became smaller is then written
+    beside it, with the suffix ``.json``; `ast_plugin.export_sliced.shrink`, a few lines of plain torch to copy, makes a
+    freshly built model fit.
+
     Args:
         source: A training, an `Elastic` or `ElasticContents`.
         name: The sub-net.
         path: Where to write; the suffix ``.safetensors``, ``.pt`` or ``.pth`` chooses the format.
+        form: ``dense`` or ``sliced``.
+        allow_untrained: Whether to write a sub-net that no step has trained.
 
     Raises:
-        ConfigError: If the suffix is another one, or there is no such sub-net.
+        ConfigError: If the suffix is another one, there is no such sub-net or form, or the sub-net was never trained or
+            is none of pattern ``channel`` and to be sliced.
         SaveError: If the file cannot be written; what stood at `path` is untouched.
     """
     suffix = Path(path).suffix.lower()
@@ -55,7 +67,13 @@ def export_state_dict(source: SubNetSource, name: str, path: str | os.PathLike[s
         raise ConfigError(
             f"path must end in .safetensors, .pt or .pth, got {os.fspath(path)!r}; the suffix chooses the format"
         )
-    state = {plain_name(key): tensor.detach().cpu() for key, tensor in source.materialize(name).items()}
+    check_form(form)
+    check_trained(source, name, allow_untrained)
+    state = {plain_name(key): tensor.detach() for key, tensor in source.materialize(name).items()}
+    sizes: dict[str, Any] | None = None
+    if form == "sliced":
+        state, sizes = sliced_state(source, name, state)
+    state = {key: tensor.cpu() for key, tensor in state.items()}
     write: Callable[[Path], None]
     if suffix != ".safetensors":
 
@@ -69,10 +87,14 @@ def export_state_dict(source: SubNetSource, name: str, path: str | os.PathLike[s
             plain = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
             save_file(plain, temporary, metadata={"format": "pt", "sub_net": name})
 
+    if sizes is not None:
+        write_sizes(sizes_path(path), sizes)
     atomic_write(path, write)
 
 
-def export_model(source: SubNetSource, name: str, model: nn.Module) -> nn.Module:
+def export_model(
+    source: SubNetSource, name: str, model: nn.Module, *, form: str = "dense", allow_untrained: bool = False
+) -> nn.Module:
     """Return an independent copy of a model that holds one sub-net and nothing of this package.
 
     Args:
@@ -80,15 +102,21 @@ def export_model(source: SubNetSource, name: str, model: nn.Module) -> nn.Module
         name: The sub-net.
         model: The architecture, for example the model that was trained. It is not changed; wrappers for compilation
             and data-parallel use are left out of the copy.
+        form: ``dense``, or ``sliced``: the dropped units of a channel sub-net are cut out of the copy.
+        allow_untrained: Whether to return a sub-net that no step has trained.
 
     Returns:
         The copy, in the training mode, on the devices and of the dtypes that `model` has.
 
     Raises:
-        ConfigError: If there is no such sub-net.
+        ConfigError: If there is no such sub-net or form, or the sub-net was never trained or is none of pattern
+            ``channel`` and to be sliced.
         ElasticFileError: If the sub-net does not fit the model.
     """
-    return plain_copy(model, name, source.materialize(name))
+    check_form(form)
+    check_trained(source, name, allow_untrained)
+    plain = plain_copy(model, name, source.materialize(name))
+    return sliced_copy(source, name, plain) if form == "sliced" else plain
 
 
 def sparse_state_dict(
@@ -122,58 +150,6 @@ def sparse_state_dict(
         if id(tensor) not in made:
             made[id(tensor)] = _as_csr(tensor) if _is_sparse_matrix(tensor, minimum_sparsity) else tensor
     return {key: made[id(tensor)] for key, tensor in state.items()}
-
-
-def export_onnx(
-    source: SubNetSource,
-    name: str,
-    model: nn.Module,
-    example_inputs: Any,
-    path: str | os.PathLike[str],
-    *,
-    dynamic_shapes: Any = None,
-) -> None:
-    """Write one sub-net as an ONNX file, in eval mode.
-
-    Runtimes multiply by the zeros like by other numbers, so it runs as fast as the dense network.
-
-    Args:
-        source: A training, an `Elastic` or `ElasticContents`.
-        name: The sub-net.
-        model: The architecture; it is not changed.
-        example_inputs: A tensor, or a tuple of positional arguments, that the model accepts.
-        path: Where to write, customarily with the suffix ``.onnx``.
-        dynamic_shapes: Which axes may vary, as `torch.export.export` understands it; None fixes all of them.
-
-    Raises:
-        MissingExtraError: If the packages of the extra ``onnx`` are not installed.
-        ConfigError: If there is no such sub-net, or it is too large for one ONNX file.
-        SaveError: If the network cannot be exported or the file not be written; what stood at `path` is untouched.
-    """
-    for package in _ONNX_PACKAGES:
-        if importlib.util.find_spec(package) is None:
-            raise missing_extra("export_onnx", package, "onnx")
-    plain = export_model(source, name, model).eval()
-    size = sum(tensor.numel() * tensor.element_size() for tensor in plain.state_dict().values())
-    if size > _LARGEST_ONNX:
-        raise ConfigError(
-            f"sub-net {name!r} has {size / 1e9:.1f} GB of weights, and one ONNX file holds 2 GB; call export_model and "
-            "torch.onnx.export(..., external_data=True) on what it returns"
-        )
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-
-    def write(temporary: Path) -> None:
-        torch.onnx.export(
-            plain,
-            inputs,
-            temporary,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-            dynamic_shapes=dynamic_shapes,
-        )
-
-    atomic_write(path, write)
 
 
 def _is_sparse_matrix(tensor: Tensor, minimum_sparsity: float) -> bool:

@@ -16,6 +16,7 @@ from ast_plugin.elastic_file import ELASTIC, read_elastic
 from ast_plugin.errors import ConfigError, ElasticFileError
 from ast_plugin.export_card import README, sub_net_section, with_section
 from ast_plugin.export_names import differences, find_entries
+from ast_plugin.export_sliced import check_trained
 from ast_plugin.export_weights import find_weights, write_weights_file
 from ast_plugin.files import atomic_folder, file_path
 
@@ -49,7 +50,9 @@ class ExportedFolder:
     left_out: tuple[str, ...]
 
 
-def export_folder(folder: str | os.PathLike[str], name: str, target: str | os.PathLike[str]) -> ExportedFolder:
+def export_folder(
+    folder: str | os.PathLike[str], name: str, target: str | os.PathLike[str], *, allow_untrained: bool = False
+) -> ExportedFolder:
     """Write one sub-net as a folder that loads as the saved model does, without this package.
 
     Every weights file is written anew with the same keys, order, types and metadata. Files for configuration and
@@ -61,9 +64,10 @@ def export_folder(folder: str | os.PathLike[str], name: str, target: str | os.Pa
             ``model.safetensors``, or shards and ``model.safetensors.index.json``.
         name: The sub-net.
         target: The folder to make; an empty one may be there. It appears when it is complete, or not at all.
+        allow_untrained: Whether to write a sub-net that no step has trained.
 
     Raises:
-        ConfigError: If there is no such sub-net, or an argument is no path.
+        ConfigError: If there is no such sub-net, it was never trained, or an argument is no path.
         ElasticFileError: If a file is missing or damaged, or the saved model is not the one of the elastic file; the
             message names the first differences.
         SaveError: If the target holds files, or cannot be written.
@@ -73,6 +77,7 @@ def export_folder(folder: str | os.PathLike[str], name: str, target: str | os.Pa
         raise ConfigError(f"folder must be a folder with {ELASTIC} and a saved model, got the file {str(source)!r}")
     contents = read_elastic(source)
     contents.check_sub_net(name)
+    check_trained(contents, name, allow_untrained)
     if (source / _ADAPTER).exists():
         raise ElasticFileError(
             f"{str(source)!r} holds adapters ({_ADAPTER}), which stock loading puts on weights from elsewhere; build "

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from sliced_examples import HYBRID_GROUPS, Hybrid, hybrid, write_channels
 from torch import nn
 
 from ast_plugin import cli, cli_demo
@@ -246,6 +247,49 @@ def test_export_writes_a_state_dict_that_an_ordinary_module_loads(
     model.load_state_dict(state)
     assert model.weight.tolist() == [[1.0, 0.0], [0.0, 0.0]]
     assert model.bias.tolist() == [5.0, 6.0]
+
+
+def test_export_of_a_sliced_sub_net_prints_the_lines_that_load_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_channels(tmp_path / "elastic.safetensors", hybrid(), HYBRID_GROUPS)
+    command = ["export", str(path), "--sub-net", "c75", "--form", "sliced", "--to"]
+    for target in (tmp_path / "small.safetensors", tmp_path / "small.pt"):
+        assert main([*command, str(target)]) == cli.OK
+        said, _, code = capsys.readouterr().out.partition("\n\n")
+        assert f"{target}: sub-net c75 without its dropped units, " in said
+        assert f"{tmp_path / 'small.json'}: what became smaller." in said
+        names = {"model": Hybrid()}
+        exec(code, names)
+        assert names["model"].fc1.out_features == 8
+        assert torch.equal(names["model"].head.weight, hybrid().head.weight)
+
+
+def test_export_refuses_forms_that_do_not_fit(
+    elastic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", str(elastic), "--sub-net", "s75", "--to"]
+    for form, target, message in (
+        ("slice", "x.pt", "unknown form 'slice': did you mean 'sliced'?"),
+        ("sliced", "x.pt", "sub-net 's75' cannot be sliced"),
+    ):
+        assert main([*command, str(tmp_path / target), "--form", form]) == cli.USAGE
+        assert message in capsys.readouterr().err
+    command[1] = str(elastic.parent)
+    assert main([*command, str(tmp_path / "folder"), "--form", "sliced"]) == cli.USAGE
+    assert "no words for layers of different widths; give a file" in capsys.readouterr().err
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_export_of_a_sub_net_that_was_never_trained_has_to_be_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = {"sub_nets": {"c50": {"steps": 4}, "c75": {"steps": 0}}}
+    path = write_channels(tmp_path / "elastic.safetensors", hybrid(), HYBRID_GROUPS, statistics=steps)
+    command = ["export", str(path), "--sub-net", "c75", "--to", str(tmp_path / "small.pt")]
+    assert main(command) == cli.USAGE
+    assert "'c75' was never trained" in capsys.readouterr().err
+    assert main([*command, "--untrained"]) == cli.OK
 
 
 def test_export_of_an_unknown_sub_net_offers_the_near_names(

@@ -31,11 +31,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import ast_plugin
-from ast_plugin import export
+from ast_plugin import export_graph
 from ast_plugin.elastic import load
 from ast_plugin.elastic_file import read_elastic
 from ast_plugin.errors import ConfigError, ElasticFileError, MissingExtraError, SaveError
-from ast_plugin.export import SubNetSource, export_model, export_onnx, export_state_dict, sparse_state_dict
+from ast_plugin.export import SubNetSource, export_model, export_state_dict, sparse_state_dict
+from ast_plugin.export_graph import export_onnx
 from ast_plugin.plain_model import HOOKS
 
 
@@ -365,7 +366,7 @@ def test_onnx_without_its_packages_says_what_to_install(tmp_path: Path, monkeypa
 
 def test_onnx_refuses_what_one_file_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(export, "_LARGEST_ONNX", 1000)
+    monkeypatch.setattr(export_graph, "_LARGEST_ONNX", 1000)
     with pytest.raises(ConfigError, match="one ONNX file holds 2 GB; call export_model and"):
         export_onnx(FakeTraining(), "s80", network(), images(), tmp_path / "a.onnx")
 
