@@ -19,12 +19,13 @@ from ast_plugin.hookspecs import AlternationRecord, DistributionRecord, MethodRe
 from ast_plugin.methods import BUILT_IN_METHODS
 from ast_plugin.parameters import ParameterChoice, select_parameters
 from ast_plugin.patterns import Pattern, parse_pattern
+from ast_plugin.vr_pge_method import VR_PGE
 
 
 @hookimpl
 def ast_methods() -> Sequence[MethodRecord]:
-    """Offer static, SET, RigL, GMP and GraNet."""
-    return [MethodRecord.of(method) for method in BUILT_IN_METHODS]
+    """Offer static, SET, RigL, GMP, GraNet and VR-PGE."""
+    return [MethodRecord.of(method) for method in (*BUILT_IN_METHODS, VR_PGE)]
 
 
 @hookimpl

@@ -13,6 +13,7 @@ from ast_plugin.activation import Form
 from ast_plugin.attachment import NO_BACKWARD, current_backward, is_attached, is_running
 from ast_plugin.distributed import check_every_rank_goes_on
 from ast_plugin.errors import ActivationError
+from ast_plugin.exploration import Loss, losses_of
 from ast_plugin.parts import RunParts
 from ast_plugin.rewinding import Mark
 from ast_plugin.sharding import is_sharding_module
@@ -42,6 +43,7 @@ class RunEvents:
         self.released = False
         self.state_in_optimizer = True
         self.refused: str | None = None
+        self._exploring = False
         self._passing = False
         self._running = False  # may be stale after an interrupt
         self._graphs = (0, 0)  # the episode that the last graphs were recorded in, and how many there are
@@ -63,6 +65,33 @@ class RunEvents:
             finally:
                 self._chosen.pop()
                 self._put_chosen_on()
+
+    def explore(self, loss: Loss) -> None:
+        """Have the losses of the masks that were drawn for the next step, where the method wants any."""
+        parts, number = self._parts, self._step.number
+        if self.released or self._exploring or not parts.sampled.wanted(number):
+            return
+        if self.refused is not None:
+            raise ActivationError(self.refused)
+        if self._chosen:
+            raise ActivationError(
+                f"explore() was called inside `with sub_net({self.chosen!r})`; leave the block before training goes on"
+            )
+        self._check_own()
+        check_every_rank_goes_on(parts.model)
+        self._step.mend()
+        self._exploring = True
+        try:
+            losses = losses_of(loss, parts.sampled.wanted(number), self._sample, parts.called, parts.optimizer)
+        finally:
+            self._exploring = False
+        parts.sampled.note(losses)
+
+    @contextlib.contextmanager
+    def _sample(self, index: int) -> Iterator[None]:
+        self._parts.sampled.put(index)
+        with self.choose(self._step.scheduled):
+            yield
 
     @contextlib.contextmanager
     def at_rest(self) -> Iterator[None]:
@@ -97,6 +126,7 @@ class RunEvents:
         if self._is_training():
             self._check_sharding()
             check_every_rank_goes_on(self._parts.model)
+            self._parts.sampled.begin(self._step.number)
             self._step.begin()
             activation.put_on(self._step.scheduled, self._step.form, compiling=compiling)
         else:
@@ -166,6 +196,8 @@ class RunEvents:
         if closure is None:
             self._step.prepare()
             return None
+        if not self._parts.sampled.heard(self._step.number):
+            self.explore(closure)
         prepared = self._step.around(self._on_resting_weights(closure))
         if len(args) > 1:
             return (args[0], prepared, *args[2:]), kwargs

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ast_plugin.channels import ChannelGroup
+from ast_plugin.samplers import Sampler, SamplerInputs
 from ast_plugin.schedules import constant_sparsity, cubic_sparsity
 
 
@@ -87,6 +88,8 @@ class Method:
             channel sub-nets always go on from theirs: rows and columns of zeros would get no gradient.
         channel_score: One score a unit, (units,), in place of `drop_score` in channel sub-nets; None: the mean of
             `drop_score` over the weights of the unit.
+        sampler: Makes what draws new masks at every step of a run and learns from their losses, in place of mask
+            updates, whose scores then only make the masks before the first step. None: nothing does.
     """
 
     name: str
@@ -101,6 +104,7 @@ class Method:
     distribution: str = "erk"
     grow_initialization: Literal["keep", "zero"] = "keep"
     channel_score: ChannelScore | None = None
+    sampler: Callable[[SamplerInputs], Sampler] | None = None
 
 
 def magnitude(inputs: ScoreInputs) -> Tensor:

@@ -22,6 +22,7 @@ from ast_plugin.parameters import ParameterChoice
 from ast_plugin.plugins import PluginRegistry
 from ast_plugin.reference import GradientReference
 from ast_plugin.rewinding import RewindableActivation
+from ast_plugin.sampling import SampledMasks
 from ast_plugin.sharding import Layout
 from ast_plugin.slots import ParameterSlots
 from ast_plugin.statistics import Statistics
@@ -51,6 +52,7 @@ class RunParts:
         masks: The masks of every sub-net.
         local_masks: The parts of them that this rank holds; the same where nothing is sharded.
         updater: Makes the mask updates.
+        sampled: Masks that are drawn at every step, of a method that does so.
         normalization: Private BatchNorm state.
         activation: Puts a sub-net on the model.
         gradients: Masks gradients when backward has ended.
@@ -78,6 +80,7 @@ class RunParts:
     masks: MaskStore
     local_masks: MaskStore
     updater: MaskUpdater
+    sampled: SampledMasks
     normalization: PrivateNormalization
     activation: RewindableActivation
     gradients: GradientMasks

@@ -122,8 +122,8 @@ class TrainingStep:
         parts.statistics.step_finished(
             self.number, name, checks=found.checks, conflicts=found.conflicts, cosines=found.cosines
         )
-        finished = self.number
-        self.last_steps[name] = finished
+        self._tell(*parts.sampled.learn(self.number))
+        self.last_steps[name] = finished = self.number
         self.number += 1
         self._reset()
         ended = self.number == parts.config.total_steps
@@ -345,11 +345,12 @@ class TrainingStep:
         parts = self._parts
         for name, plan in parts.updater.plans.items():
             last, end = self.last_steps[name], plan.calendar.end
-            late = self.number >= end and (last is None or last < end)
-            if late and parts.updater.is_due(name, self.number, last):
+            if self.number >= end and (last is None or last < end) and parts.updater.is_due(name, self.number, last):
                 self._tell(parts.updater.finalize(name, self.number, Gathered(parts.parameters)))
+        self._tell(*parts.sampled.complete(self.number))
 
-    def _tell(self, update: MaskUpdate) -> None:
-        self._parts.statistics.masks_updated(self.number, update.sub_net, update.target, update.achieved)
-        for name in (update.sub_net, *update.trimmed):
-            self._parts.registry.notify("ast_masks_updated", training=self._owner, sub_net=name, step=self.number)
+    def _tell(self, *updates: MaskUpdate) -> None:
+        for update in updates:
+            self._parts.statistics.masks_updated(self.number, update.sub_net, update.target, update.achieved)
+            for name in (update.sub_net, *update.trimmed):
+                self._parts.registry.notify("ast_masks_updated", training=self._owner, sub_net=name, step=self.number)

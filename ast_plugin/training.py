@@ -31,14 +31,14 @@ from ast_plugin.recalibration import Forward, recalibrate_each
 from ast_plugin.sharding import gathered
 from ast_plugin.step import TrainingStep
 from ast_plugin.sub_nets import check_sub_net
-from ast_plugin.training_files import SavedRun
+from ast_plugin.training_sampling import SampledRun
 from ast_plugin.training_state import RunState
 from ast_plugin.twins import Twin
 
 _AVERAGED = ("running_mean", "running_var")
 
 
-class AlternatingSparseTraining(SavedRun):
+class AlternatingSparseTraining(SampledRun):
     """One ordinary training run that yields several sparse sub-nets on shared weights.
 
     Made by `ast_plugin.wrap`; the training loop stays as it is. Everything here is safe to call between steps.

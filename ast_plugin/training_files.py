@@ -99,7 +99,7 @@ class SavedRun(abc.ABC):
         """Whether every sub-net that has been trained is as sparse as it is to become: all ramps are over."""
         step, updater = self._step, self._parts.updater
         trained = [name for name, last in step.last_steps.items() if last is not None] or self._parts.names
-        return all(
+        return self._parts.sampled.is_final and all(
             updater.sparsity_at(name, step.last_steps[name] or 0) >= updater.plans[name].target_sparsity
             for name in trained
         )

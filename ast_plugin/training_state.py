@@ -71,6 +71,7 @@ class RunState:
             "statistics": parts.statistics.state_dict(),
             "metrics": {name: dict(figures) for name, figures in self._metrics.items()},
             "config": parts.config.to_dict(),
+            **parts.sampled.state_dict(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -101,6 +102,7 @@ class RunState:
             statistics.load_state_dict(state["statistics"])
             number, last_steps = int(state["step"]), {name: state["last_steps"][name] for name in parts.names}
             metrics = {name: dict(state["metrics"].get(name, {})) for name in parts.names}
+            parts.sampled.check_state(state)
             changed = _changed(state["config"], parts.config.to_dict())
             if changed:
                 last_steps = _with_last_updates_due(parts, state["config"], last_steps)
@@ -119,6 +121,7 @@ class RunState:
         parts.normalization.load_state_dict(state["normalization"])
         parts.reference.load_state_dict(self._parts_of_reference(state["reference"]))
         parts.statistics.load_state_dict(state["statistics"])
+        parts.sampled.load_state_dict(state)
         self._metrics.update(metrics)
         self.restored = True
         self.cut_short = number == parts.config.total_steps != state["config"].get("total_steps")

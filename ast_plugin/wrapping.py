@@ -30,6 +30,7 @@ from ast_plugin.plans import build_plans
 from ast_plugin.plugins import PluginRegistry
 from ast_plugin.reference import GradientReference
 from ast_plugin.rewinding import RewindableActivation
+from ast_plugin.sampling import SampledMasks, build_sampler
 from ast_plugin.schedules import MaskCalendar, resolve_calendars
 from ast_plugin.sharded_masks import ShardedMasks
 from ast_plugin.sharded_slots import LocalSlots, ShardedSlots
@@ -202,7 +203,8 @@ def _build(
     specs = config.sub_nets
     names = tuple(spec.name for spec in specs)
     # Where masks never change, a run needs no schedule, and so no total_steps.
-    calendars = resolve_calendars(config, len(specs)) if method.updates else (_NO_UPDATES,) * len(specs)
+    changes = method.updates or method.sampler is not None
+    calendars = resolve_calendars(config, len(specs)) if changes else (_NO_UPDATES,) * len(specs)
     patterns = {spec.name: registry.pattern(spec.pattern or config.pattern) for spec in specs}
     plans = build_plans(config, patterns, calendars)
     default = config.default_sub_net or min(plans, key=lambda plan: plan.target_sparsity).name
@@ -242,6 +244,7 @@ def _build(
         groups=groups,
         group_distribution=_distribution(config, names, registry, "uniform", grouped, layers),
     )
+    sampler = build_sampler(method, config, plans, masks.shapes, groups=groups, sharded=is_sharded)
     normalization = PrivateNormalization(bare, names, default, enabled=config.private_normalization)
     check_private_in_optimizer(optimizer, bare, normalization.parameter_names)
     check_first_momentum(optimizer, normalization.parameter_names)
@@ -292,6 +295,7 @@ def _build(
         masks=masks,
         local_masks=local_masks,
         updater=updater,
+        sampled=SampledMasks(sampler, plans[0], masks, method=method.name, model=model),
         normalization=normalization,
         activation=activation,
         gradients=gradients,

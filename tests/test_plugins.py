@@ -166,7 +166,7 @@ def test_every_method_is_built_by_name(name: str) -> None:
 
 def test_the_built_in_names() -> None:
     registry = alone()
-    assert sorted(registry.methods()) == ["gmp", "granet", "rigl", "set", "static"]
+    assert sorted(registry.methods()) == ["gmp", "granet", "rigl", "set", "static", "vr-pge"]
     assert sorted(registry.patterns()) == ["N:M", "RxC", "channel", "unstructured"]
     assert sorted(registry.distributions()) == ["erk", "global", "uniform"]
     assert sorted(registry.alternations()) == ["alternating", "fixed", "random", "single_path"]
@@ -235,7 +235,7 @@ def test_no_correction_when_it_is_off() -> None:
     ("ask", "message"),
     [
         (lambda r: r.method("granett"), "unknown method 'granett': did you mean 'granet'? Known: gmp, granet, rigl"),
-        (lambda r: r.method("lottery"), "unknown method 'lottery': Known: gmp, granet, rigl, set, static"),
+        (lambda r: r.method("lottery"), "unknown method 'lottery': Known: gmp, granet, rigl, set, static, vr-pge"),
         (lambda r: r.pattern("chanel"), "unknown pattern 'chanel': did you mean 'channel'? Known: N:M, RxC, channel"),
         (lambda r: r.pattern("4:2"), "did you mean '2:4'?"),
         (lambda r: r.distribution("Uniform"), "unknown distribution 'Uniform': did you mean 'uniform'?"),
