@@ -82,7 +82,8 @@ def test_the_best_candidate_is_fixed_with_exactly_the_budget_and_no_loss_is_aske
     model, optimizer, ast = runs.wrapped(plugins=[Watcher()])
     for step in range(20):
         runs.closure_step(model, optimizer, step)
-    assert told == [] and not sampler_of(ast).is_final
+    assert told == []
+    assert not sampler_of(ast).is_final
     # The choice: four masks are compared on the data of step 20.
     found: list[tuple[float, Tensor]] = []
 
@@ -97,7 +98,8 @@ def test_the_best_candidate_is_fixed_with_exactly_the_budget_and_no_loss_is_aske
     assert all(int(flags.sum()) == UNITS // 2 for _, flags in found)
     runs.loss_of(model, 20).backward()
     optimizer.step()
-    assert told == [("s50", 20)] and ast.at_target
+    assert told == [("s50", 20)]
+    assert ast.at_target
     assert torch.equal(kept(ast), min(found, key=lambda pair: pair[0])[1])
     assert ast.history["sparsity"][-1] == {"step": 20, "sub_net": "s50", "target": 0.5, "achieved": 0.5}
     fixed = kept(ast)
@@ -200,7 +202,7 @@ def test_micro_batches_of_a_step_try_the_same_masks_and_their_losses_are_average
 
 
 def test_gradients_reach_the_trained_mask_alone() -> None:
-    model, optimizer, ast = runs.wrapped()
+    model, _optimizer, ast = runs.wrapped()
     model.train()
     ast.explore(lambda: runs.loss_of(model, 0))
     runs.loss_of(model, 0).backward()
