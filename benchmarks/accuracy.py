@@ -148,7 +148,7 @@ def table(task: str, name: str, seeds: Sequence[int], results: Results, steps: i
         steps: Of the reference run; None takes the task's.
     """
     measure = next(iter(TASKS[task].measures))
-    names = [sparsity_name(s) for s in TASKS[task].defaults["sparsities"]]
+    names = [sparsity_name(s) for s in TABLES[name].sparsities or TASKS[task].defaults["sparsities"]]
     absolute, decimals = TABLES[name].absolute, TASKS[task].decimals
     lines = []
     for row in ROWS.values():

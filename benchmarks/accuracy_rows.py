@@ -72,10 +72,12 @@ class Table:
     Attributes:
         title: With ``{measure}`` for the figure shown.
         absolute: Whether it shows the figures themselves, not differences from each row's reference.
+        sparsities: Of the sub-nets that it shows; None: the task's.
     """
 
     title: str
     absolute: bool
+    sparsities: tuple[float, ...] | None = None
 
 
 TABLES = {
@@ -84,7 +86,11 @@ TABLES = {
     "settings": Table(title="{measure}: difference from the alternating row", absolute=False),
     "mechanisms": Table(title="{measure}: difference from the alternating row", absolute=False),
     "separate": Table(title="{measure}: the same given to separate training", absolute=False),
-    "channels": Table(title="{measure} of channel sub-nets: mean ± standard deviation over the seeds", absolute=True),
+    "channels": Table(
+        title="{measure} of channel sub-nets: mean ± standard deviation over the seeds",
+        absolute=True,
+        sparsities=CHANNELS,
+    ),
 }
 
 
