@@ -30,6 +30,8 @@ from ast_plugin.sub_nets import check_sub_net
 
 Budget = float | Callable[[], float]
 
+_SHORTEST_MS = 1e-6  # what a clock cannot tell from nothing is no divisor
+
 
 @dataclasses.dataclass(frozen=True)
 class _Network:
@@ -138,7 +140,7 @@ class DynamicInference:
             )
             profile = profile_of(elastic, records, (), example_inputs, runs)
         self.profile = profile
-        latency = {name: profile.fastest(name).latency_ms for name in chosen}
+        latency = {name: max(profile.fastest(name).latency_ms, _SHORTEST_MS) for name in chosen}
         self._policy = Policy(order(latency), hysteresis or Hysteresis())
         self.sub_nets = tuple(candidate.name for candidate in order(latency))
         self._networks = {
@@ -272,9 +274,10 @@ class DynamicInference:
     def _follow(self, ask: Callable[[], float]) -> None:
         """Take over what the caller's function says; it is asked outside the lock, for it may ask us something."""
         budget = checked_budget(ask())
+        if not self._pinned:
+            self._check_fits(budget)
         if budget == self._state.budget_ms:
             return
-        self._check_fits(budget)
         with self._lock:
             if ask is self._ask:
                 self._decide(budget)

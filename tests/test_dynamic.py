@@ -212,6 +212,21 @@ def test_a_pinned_sub_net_serves_whatever_budget_and_load(machine: Machine) -> N
     assert dynamic.report().switch_count == 2
 
 
+def test_a_pinned_sub_net_serves_also_where_strict_would_raise(machine: Machine) -> None:
+    budgets: Iterator[float] = iter([5e3, 1e3, 1e3])
+    dynamic = machine.dynamic(lambda: next(budgets), strict=True)
+    dynamic.pin("s50")
+    assert answers(dynamic, 1) == ["s50"]
+    dynamic.unpin()
+    with pytest.raises(BudgetError, match="budget_ms=1000 is exceeded"):
+        dynamic("x")
+
+
+def test_a_clock_that_stands_still_is_no_error() -> None:
+    dynamic = DynamicInference(sub_nets(), 1, "x", build=lambda name, form: lambda x: name, clock=lambda: 0.0)
+    assert answers(dynamic, 50) == ["s50"] * 50
+
+
 def test_the_report_tells_requests_latencies_and_switches(machine: Machine) -> None:
     dynamic = machine.dynamic(hysteresis=Hysteresis(dwell_ms=1e9, quantile=1))
     answers(dynamic, 19)

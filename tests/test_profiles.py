@@ -15,6 +15,7 @@ from elastic_examples import Network, images, network, write_example
 from sliced_examples import HYBRID_GROUPS, hybrid, pictures, write_channels
 from torch import Tensor, nn
 
+from ast_plugin.compile_linear import SparseLinear
 from ast_plugin.elastic import Elastic, load
 from ast_plugin.errors import ConfigError, MissingExtraError, StateError
 from ast_plugin.export import export_model
@@ -31,6 +32,7 @@ from ast_plugin.profiles_measure import (
 from ast_plugin.profiles_picture import check_picture, write_picture
 from ast_plugin.profiles_records import LeftOut, Profile, ProfileRecord
 from ast_plugin.profiles_text import profile_table, render_profile
+from ast_plugin.report_flops import count_flops
 
 
 @pytest.fixture
@@ -226,8 +228,6 @@ def test_nothing_is_waited_for_on_the_cpu() -> None:
 
 
 def test_products_with_sparse_tensors_count_their_stored_values() -> None:
-    from ast_plugin.report_flops import count_flops
-
     class Sparse(nn.Module):
         def __init__(self, weight: Tensor) -> None:
             super().__init__()
@@ -242,6 +242,15 @@ def test_products_with_sparse_tensors_count_their_stored_values() -> None:
     assert count_flops(Sparse(weight), (), tokens).total == 2 * 64 * 10
     assert count_flops(Sparse(weight.to_sparse_csr()), (), tokens).total == 2 * 3 * 10
     assert count_flops(Sparse(weight.to_sparse_bsr((2, 2))), (), tokens).total == 2 * 8 * 10  # two blocks of four
+
+
+@pytest.mark.parametrize(("layout", "stored"), [("csr", 3), ("bsr", 64)])
+def test_compressed_layers_count_what_they_store(layout: Any, stored: int) -> None:
+    weight = torch.zeros(16, 16)
+    weight[0, :3] = 1
+    layer = SparseLinear(weight, torch.ones(16), layout=layout, block_size=8)
+    assert count_flops(layer, (), torch.zeros(2, 5, 16)).total == 2 * stored * 10
+    assert memory_bytes([layer]) < weight.nbytes + 16 * 4
 
 
 def test_a_form_that_pays_in_no_layer_is_left_out() -> None:
