@@ -73,15 +73,11 @@ class Activation(Protocol):
             compiling: Whether it is compiled or traced, so that nothing may stand in.
         """
 
-    def clear(self, copied: nn.Module | None = None) -> None:
-        """Have nothing stand in for the model's weights until the next `refresh`; full weights are as they are.
-
-        Args:
-            copied: A module that is being copied, whose attributes cannot become fewer meanwhile.
-        """
-
     def show(self) -> None:
         """Have the parameters hold the sub-net's values, for whoever reads them, and nothing stand in for them."""
+
+    def hide(self, hidden: bool) -> None:
+        """Have nothing stand in for a while, because others stand in for the model's tensors; or have it back."""
 
     def deliver(self) -> None:
         """Add gradients of what stood in for parameters to the parameters' own."""
@@ -181,11 +177,11 @@ class MaskedActivation:
     def refresh(self, *, compiling: bool) -> None:
         """Do nothing: the model computes with its own weights."""
 
-    def clear(self, copied: nn.Module | None = None) -> None:
-        """Do nothing: nothing stands in for the model's weights."""
-
     def show(self) -> None:
         """Do nothing: parameters hold the sub-net's values."""
+
+    def hide(self, hidden: bool) -> None:
+        """Do nothing: nothing stands in for the model's weights."""
 
     def deliver(self) -> None:
         """Do nothing: gradients arrive at the parameters."""

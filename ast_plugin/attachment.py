@@ -62,8 +62,8 @@ class TrainingEvents(Protocol):
     def before_part_access(self) -> None:
         """The state dict of a part of the model is about to be read."""
 
-    def before_copy(self, module: nn.Module) -> None:
-        """The model or a part of it is about to be copied; `module` is the outermost one."""
+    def before_copy(self) -> None:
+        """The model or a part of it is about to be copied."""
 
     def before_load(self) -> None:
         """A state dict of the model, or of a part, is about to be loaded."""
@@ -115,22 +115,22 @@ class Attachment:
             before = _outside_graphs(self._before_forward) if within else _told_of_graphs(self._before_forward)
             after = _outside_graphs(self._after_forward) if within else _uncompiled(self._after_forward)
             self._handles += [
-                module.register_forward_pre_hook(hook(module, before), prepend=True),
-                module.register_forward_hook(hook(module, after), always_call=True),
+                module.register_forward_pre_hook(hook(before), prepend=True),
+                module.register_forward_hook(hook(after), always_call=True),
             ]
         for module in {called, model, bare}:
             self._handles += [
-                module.register_state_dict_pre_hook(hook(module, self._before_state_access)),
-                module.register_state_dict_post_hook(hook(module, self._after_state_access)),
-                module.register_load_state_dict_pre_hook(hook(module, self._before_load)),
+                module.register_state_dict_pre_hook(hook(self._before_state_access)),
+                module.register_state_dict_post_hook(hook(self._after_state_access)),
+                module.register_load_state_dict_pre_hook(hook(self._before_load)),
             ]
         for module in model.modules():
             if module not in (called, model, bare):
                 self._handles += [
-                    module.register_state_dict_pre_hook(hook(module, lambda *_: events.before_part_access())),
-                    module.register_load_state_dict_pre_hook(hook(module, self._before_load)),
+                    module.register_state_dict_pre_hook(hook(lambda *_: events.before_part_access())),
+                    module.register_load_state_dict_pre_hook(hook(self._before_load)),
                 ]
-            self._handles.append(module.register_load_state_dict_post_hook(hook(module, self._after_load)))
+            self._handles.append(module.register_load_state_dict_post_hook(hook(self._after_load)))
         self._stateful = (called, model, bare)
         self._loading: tuple[nn.Module, object] | None = None  # the outermost module, and what all in its load have
         # Not all that the outermost module holds: a teacher or a moving average beside the network is free.
@@ -283,10 +283,7 @@ def _queue(callback: Callable[[], None]) -> None:
 class _ModelHook:
     """A module hook that stays behind when the module is copied or pickled, and has it made dense first."""
 
-    def __init__(
-        self, module: nn.Module, function: Callable[..., None], before_copy: Callable[[nn.Module], None]
-    ) -> None:
-        self._module = weakref.ref(module)
+    def __init__(self, function: Callable[..., None], before_copy: Callable[[], None]) -> None:
         self._function = function
         self._before_copy = before_copy
 
@@ -294,9 +291,7 @@ class _ModelHook:
         self._function(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        module = self._module()
-        if module is not None:
-            self._before_copy(module)  # a module's hooks are copied before the modules inside it
+        self._before_copy()  # a module's hooks are copied before the modules inside it
         return _idle_hook, ()
 
 

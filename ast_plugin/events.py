@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from ast_plugin.activation import Form
 from ast_plugin.attachment import NO_BACKWARD, current_backward, is_attached, is_running
@@ -108,7 +107,7 @@ class RunEvents:
         """Put on the scheduled sub-net in training, the default one otherwise, unless one was chosen."""
         activation = self._parts.activation
         if self._parts.parameters.lent():
-            activation.show()  # nothing may stand in for the tensors that were handed over
+            activation.hide(True)  # nothing may stand in for the tensors that were handed over
         elif self._chosen:
             activation.refresh(compiling=compiling)
         if self._hands_off():
@@ -137,6 +136,7 @@ class RunEvents:
         """Keep the sub-net on for backward after a training forward; take it off otherwise."""
         activation = self._parts.activation
         self._running = False
+        activation.hide(False)
         if self._hands_off():
             return None
         mark = activation.mark() if torch.is_grad_enabled() and not raised else None
@@ -209,7 +209,9 @@ class RunEvents:
 
     def before_state_access(self) -> None:
         """Make the model dense, unless the user chose a sub-net to look at, or looks from inside its forward."""
-        if self._chosen or self._is_inside_forward():
+        if self._is_inside_forward():
+            return
+        if self._chosen:
             self._parts.activation.show()
         else:
             self._step.rest()
@@ -221,14 +223,20 @@ class RunEvents:
 
     def before_part_access(self) -> None:
         """Make the model dense, but inside its forward; a step in progress has it so."""
-        if self._chosen or self._is_inside_forward():
+        if self._is_inside_forward():
+            return
+        if self._chosen:
             self._parts.activation.show()
         else:
             self._step.settle_unless_stepping()
 
-    def before_copy(self, module: nn.Module) -> None:
-        """Do the same for a copy, which would take along what stands in for weights."""
-        self._parts.activation.clear(module)
+    def before_copy(self) -> None:
+        """Do the same for a copy, which inside a forward would take along what stands in for weights."""
+        if self._parts.activation.stands_in and self._is_inside_forward():
+            raise ActivationError(
+                "the model is copied inside its own forward, in which smaller weights stand in for its own; copy it "
+                'between steps, or compute with masked weights: slicing="off"'
+            )
         self.before_part_access()
 
     def after_load(self) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ast_plugin.activation import Activation, Form
 from ast_plugin.errors import ActivationError
@@ -121,6 +121,11 @@ class RewindableActivation:
         self._rest = self._versions()
 
     @property
+    def stands_in(self) -> bool:
+        """Whether smaller weights stand in for the model's own."""
+        return self._inner.small is not None
+
+    @property
     def episode(self) -> int:
         """Which putting on it was that is on the model now, as in `Mark`; 0 for none."""
         return self._episode
@@ -175,10 +180,6 @@ class RewindableActivation:
         """A forward is about to run: see `Activation.refresh`."""
         self._inner.refresh(compiling=compiling)
 
-    def clear(self, copied: nn.Module | None = None) -> None:
-        """Have nothing stand in for the model's weights: see `Activation.clear`."""
-        self._inner.clear(copied)
-
     def show(self) -> None:
         """Have the parameters hold the sub-net's values; graphs that were recorded go on to be good."""
         if self._inner.worn is not None:
@@ -186,6 +187,10 @@ class RewindableActivation:
             self._inner.show()
             if versions != self._versions():
                 _set_versions(self._tensors(), versions)
+
+    def hide(self, hidden: bool) -> None:
+        """Have nothing stand in for a while: see `Activation.hide`."""
+        self._inner.hide(hidden)
 
     def deliver(self) -> None:
         """Add gradients of what stood in for parameters to the parameters' own."""

@@ -8,7 +8,8 @@ that: every loop over parameters between forward and backward then sees tensors 
 (``model.zero_grad()`` misses the gradients, a gradient scaler or clipping by name finds none), and
 `torch.func.functional_call` with the model's own parameters puts the whole ones back for the length of the call. What
 ``__dict__`` costs: compiled code has no guard on it and would go on with the weights of another sub-net without a word
-(`ast_plugin.sliced_routes` keeps the two apart), and copies of a module would take it along, so it is taken off before.
+(`ast_plugin.sliced_routes` keeps the two apart), and a copy of a module would take it along
+(`ast_plugin.sliced_copies` has it copied as what it stands for).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ast_plugin.gradients import GradientMasks
 from ast_plugin.masks import MaskStore
 from ast_plugin.normalization import PrivateNormalization
 from ast_plugin.packed_masks import PackedMasks
+from ast_plugin.sliced_copies import Count, copied_as
 from ast_plugin.sliced_kernels import take
 from ast_plugin.sliced_plans import Cut, SlicePlan, SlicePlans
 from ast_plugin.sliced_routes import Route
@@ -66,10 +68,10 @@ class SlicedActivation(MaskedActivation):
         self._compiling = False
         self._small: Small | None = None
         self._issued: weakref.WeakSet[Small] = weakref.WeakSet()
-        self._shadowed: list[tuple[dict[str, Any], str]] = []
-        self._left_over: list[tuple[dict[str, Any], str]] = []
+        self._shadowed: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._hidden = False
         self._buffers: list[tuple[Cut, Tensor]] = []
-        self._numbers: list[tuple[nn.Module, str, int]] = []
+        self._numbers: list[tuple[nn.Module, str, Count]] = []
         self._zeroed: list[tuple[Tensor, int, Tensor, Tensor]] = []
 
     @property
@@ -79,7 +81,10 @@ class SlicedActivation(MaskedActivation):
 
     def is_on(self, sub_net: str, form: Form = Form.COMPUTE) -> bool:
         """Return whether all of `sub_net` is on the model, in a way that serves `form`."""
-        return super().is_on(sub_net) and (self._form == form or self._plan(sub_net) is None)
+        if not super().is_on(sub_net):
+            return False
+        masked = bool(self._covered) and Form.PROBE not in (form, self._form)  # serves both other purposes
+        return self._form == form or masked or self._plan(sub_net) is None
 
     def refresh(self, *, compiling: bool) -> None:
         """Have smaller weights follow those of full size, or go away where they must not stand in.
@@ -92,24 +97,33 @@ class SlicedActivation(MaskedActivation):
         if plan is None or self._worn is None:
             return
         if self._route(compiling) == "off":
-            self.show()
+            if self._shadowed:
+                self.show()
         elif not self._shadowed or self._small is None or not self._small.is_current():
             with torch.inference_mode(False), torch.no_grad():
                 self._stand_back()
                 self._stand_in(self._worn, self._form, None)
 
-    def clear(self, copied: nn.Module | None = None) -> None:
-        """Take away what stands in; in the module that is being copied, put the model's own tensors there."""
-        with torch.inference_mode(False), torch.no_grad():
-            self._take_slices_off(copied)
+    def hide(self, hidden: bool) -> None:
+        """Have nothing stand in for a while, because others stand in for the model's tensors; or have it back."""
+        if hidden == self._hidden or not self._shadowed:
+            return
+        self._hidden = hidden
+        for shadows, attribute, tensor in self._shadowed:
+            if hidden:
+                shadows.pop(attribute, None)
+            else:
+                shadows[attribute] = tensor
+        for module, name, number in self._numbers:
+            setattr(module, name, number.whole if hidden else number)
 
     def show(self) -> None:
         """Have the parameters hold the sub-net's values, zeros where it drops weights, and nothing stand in."""
-        self.clear()
-        if self._worn is not None and self._form == Form.COMPUTE:
-            self._form = Form.SHOW
-            if self._plan(self._worn) is not None and not self._covered:
-                with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
+            self._take_slices_off()
+            if self._worn is not None and self._form == Form.COMPUTE:
+                self._form = Form.SHOW
+                if self._plan(self._worn) is not None and not self._covered:
                     super()._cover(self._worn, Form.SHOW)
 
     def deliver(self) -> None:
@@ -139,18 +153,16 @@ class SlicedActivation(MaskedActivation):
             small = Small(sub_net, revision, plan.parameters, gathered=way == "gather")
         self._small = small
         self._issued.add(small)
-        while self._left_over:
-            shadows, attribute = self._left_over.pop()
-            shadows.pop(attribute, None)
         self._buffers = [(cut, take(cut.place.tensor, cut.dims)) for cut in plan.buffers]
         pairs = [*zip(plan.parameters, small.tensors, strict=True), *self._buffers]
         for cut, tensor in pairs:
             for shadows, attribute in cut.place.shadows:
-                self._shadowed.append((shadows, attribute))
+                self._shadowed.append((shadows, attribute, copied_as(tensor, cut.place.tensor)))
                 shadows[attribute] = tensor
         for module, name, value in plan.attributes:
-            self._numbers.append((module, name, getattr(module, name)))
-            setattr(module, name, value)
+            number = Count(value, getattr(module, name))
+            self._numbers.append((module, name, number))
+            setattr(module, name, number)
 
     def _stand_back(self) -> None:
         self._take_slices_off()
@@ -159,27 +171,19 @@ class SlicedActivation(MaskedActivation):
             tensor.index_copy_(dim, indices, values)
             self._zeroed.pop()
 
-    def _take_slices_off(self, copied: nn.Module | None = None) -> None:
+    def _take_slices_off(self) -> None:
         for cut, tensor in self._buffers:
             Slice(cut.name, cut.dims).put_(tensor, cut.place.tensor)
         self._buffers = []
         while self._numbers:
-            module, name, value = self._numbers[-1]
-            setattr(module, name, value)
+            module, name, number = self._numbers[-1]
+            setattr(module, name, number.whole)
             self._numbers.pop()
-        own = None if copied is None else copied.__dict__
-        for shadows, attribute in self._left_over:
-            if shadows is not own:
-                shadows.pop(attribute, None)
-        self._left_over = [left for left in self._left_over if left[0] is own]
         while self._shadowed:
-            shadows, attribute = self._shadowed[-1]
-            if shadows is own:  # it is being iterated over, so nothing can be removed
-                self._left_over.append((shadows, attribute))
-                shadows[attribute] = {**shadows["_buffers"], **shadows["_parameters"]}[attribute]
-            else:
-                shadows.pop(attribute, None)
+            shadows, attribute, _ = self._shadowed[-1]
+            shadows.pop(attribute, None)
             self._shadowed.pop()
+        self._hidden = False
 
     def _zero_columns(self, plan: SlicePlan) -> None:
         for column in plan.columns:

@@ -28,10 +28,15 @@ def take(whole: Tensor, cuts: Cuts) -> Tensor:
     """
     order = _memory_order(whole)
     part = whole.detach().permute(order)
-    for axis, indices in _placed(cuts, order):
+    *others, last = _placed(cuts, order)
+    for axis, indices in others:
         flat, dim, sizes = _flattened(part, axis, len(indices))
         part = flat.index_select(dim, indices).view(sizes)
-    return part.permute(_inverse(order))
+    axis, indices = last
+    flat, dim, sizes = _flattened(part, axis, len(indices))
+    taken = _empty(sizes, order, whole)
+    torch.index_select(flat, dim, indices, out=_flattened(taken.permute(order), axis, len(indices))[0])
+    return taken
 
 
 def spread(part: Tensor, cuts: Cuts, like: Tensor, into: Tensor | None = None) -> Tensor:
@@ -126,6 +131,21 @@ def _memory_order(tensor: Tensor) -> list[int]:
         return plain
     order = sorted(plain, key=lambda dim: tensor.stride(dim), reverse=True)
     return order if tensor.permute(order).is_contiguous() else plain
+
+
+def _empty(sizes: Sequence[int], order: Sequence[int], like: Tensor) -> Tensor:
+    """Return memory for a tensor with these sizes from the outermost dimension in memory to the innermost.
+
+    No view: autograd does not let views made inside a function be written to.
+    """
+    strides = [math.prod(sizes[place + 1 :]) for place in range(len(sizes))]
+    places = _inverse(order)
+    return torch.empty_strided(
+        [sizes[place] for place in places],
+        [strides[place] for place in places],
+        dtype=like.dtype,
+        device=like.device,
+    )
 
 
 def _inverse(order: Sequence[int]) -> list[int]:

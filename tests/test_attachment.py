@@ -55,7 +55,7 @@ class Recorder:
     def before_part_access(self) -> None:
         self.events.append("part")
 
-    def before_copy(self, module: nn.Module) -> None:
+    def before_copy(self) -> None:
         self.events.append("part")
 
     def before_load(self) -> None:

@@ -72,6 +72,7 @@ FLOORS = {
     "reference": 4,
     "rewinding": 4,
     "sliced_activation": 4,
+    "sliced_copies": 4,
     "sliced_kernels": 4,
     "sliced_plans": 4,
     "sliced_routes": 4,
