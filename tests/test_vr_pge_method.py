@@ -13,7 +13,6 @@ import vr_pge_runs as runs
 from torch import Tensor, nn
 
 import ast_plugin
-from ast_plugin.channels import ChannelGroups
 from ast_plugin.errors import ActivationError, ConfigError, StateError
 from ast_plugin.vr_pge_method import ChannelSampler, VRPGEOptions, vr_pge
 
@@ -82,7 +81,8 @@ def test_the_best_candidate_is_fixed_with_exactly_the_budget_and_no_loss_is_aske
     model, optimizer, ast = runs.wrapped(plugins=[Watcher()])
     for step in range(20):
         runs.closure_step(model, optimizer, step)
-    assert told == [] and not sampler_of(ast).is_final
+    assert told == []
+    assert not sampler_of(ast).is_final
     # The choice: four masks are compared on the data of step 20.
     found: list[tuple[float, Tensor]] = []
 
@@ -97,7 +97,8 @@ def test_the_best_candidate_is_fixed_with_exactly_the_budget_and_no_loss_is_aske
     assert all(int(flags.sum()) == UNITS // 2 for _, flags in found)
     runs.loss_of(model, 20).backward()
     optimizer.step()
-    assert told == [("s50", 20)] and ast.at_target
+    assert told == [("s50", 20)]
+    assert ast.at_target
     assert torch.equal(kept(ast), min(found, key=lambda pair: pair[0])[1])
     assert ast.history["sparsity"][-1] == {"step": 20, "sub_net": "s50", "target": 0.5, "achieved": 0.5}
     fixed = kept(ast)
@@ -200,7 +201,7 @@ def test_micro_batches_of_a_step_try_the_same_masks_and_their_losses_are_average
 
 
 def test_gradients_reach_the_trained_mask_alone() -> None:
-    model, optimizer, ast = runs.wrapped()
+    model, _optimizer, ast = runs.wrapped()
     model.train()
     ast.explore(lambda: runs.loss_of(model, 0))
     runs.loss_of(model, 0).backward()
@@ -311,14 +312,8 @@ def test_a_step_that_a_gradient_scaler_skips_is_made_again_with_the_same_masks()
 def test_a_line_search_tries_masks_once_a_step() -> None:
     torch.manual_seed(0)
     model = networks.plain_conv_net()
-    groups = ChannelGroups(
-        groups=tuple(
-            runs.group(g.name, g.units, g.axes_of("out")[0].tensor, g.axes_of("in")[0].tensor)
-            for g in runs.CONV_GROUPS.groups
-        )
-    )
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
-    _, _, ast = runs.wrapped(model, optimizer, groups)
+    _, _, ast = runs.wrapped(model, optimizer, runs.PLAIN_GROUPS)
     calls = []
 
     def closure() -> Tensor:

@@ -44,6 +44,11 @@ CONV_GROUPS = ChannelGroups(
         group("conv2", 16, "conv2.weight", "head.weight", "norm2"),
     )
 )
+PLAIN_GROUPS = ChannelGroups(
+    groups=tuple(
+        group(g.name, g.units, g.axes_of("out")[0].tensor, g.axes_of("in")[0].tensor) for g in CONV_GROUPS.groups
+    )
+)
 
 
 class DroppingNet(networks.ConvNet):
