@@ -50,7 +50,7 @@ def losses_of(
     trained = (p for group in optimizer.param_groups for p in group["params"])
     with _gradients_aside((*module.parameters(), *trained)), torch.no_grad(), _WithoutBackward():
         for index in reversed(range(count)):
-            with put_on(index), _untouched(module):
+            with _untouched(module), put_on(index):  # smaller buffers are written back when it is taken off
                 found[index] = _number(loss())
     return found
 

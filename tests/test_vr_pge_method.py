@@ -13,7 +13,6 @@ import vr_pge_runs as runs
 from torch import Tensor, nn
 
 import ast_plugin
-from ast_plugin.channels import ChannelGroups
 from ast_plugin.errors import ActivationError, ConfigError, StateError
 from ast_plugin.vr_pge_method import ChannelSampler, VRPGEOptions, vr_pge
 
@@ -44,18 +43,34 @@ def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert [name for name in found if not torch.equal(found[name], wanted[name])] == []
 
 
-def test_a_closure_serves_as_it_is_and_is_the_same_as_explore() -> None:
-    model, optimizer, ast = runs.wrapped()
+SLICINGS = pytest.mark.parametrize("slicing", ["off", "leaves", "gather"])
+
+
+@SLICINGS
+def test_a_closure_serves_as_it_is_and_is_the_same_as_explore(slicing: str) -> None:
+    model, optimizer, ast = runs.wrapped(slicing=slicing)
     for step in range(25):
         runs.explored_step(model, optimizer, ast, step)
     explored = everything(model, ast)
     torch.manual_seed(0)
-    model, optimizer, ast = runs.wrapped()
+    model, optimizer, ast = runs.wrapped(slicing=slicing)
     for step in range(25):
         runs.closure_step(model, optimizer, step)
     assert_equal(everything(model, ast), explored)
     assert len(torch.unique(explored["probabilities"])) > 5
     assert explored["norm1.num_batches_tracked"] == 25
+
+
+def test_smaller_weights_learn_what_masked_ones_learn() -> None:
+    found = []
+    for slicing in ("off", "leaves", "gather"):
+        torch.manual_seed(0)
+        model, optimizer, ast = runs.wrapped(slicing=slicing)
+        for step in range(12):
+            runs.closure_step(model, optimizer, step)
+        found.append(probabilities(ast))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-4)
 
 
 def test_probabilities_keep_the_budget_and_masks_are_drawn_anew_at_every_step() -> None:
@@ -121,8 +136,9 @@ def test_a_run_without_the_losses_is_told_what_to_do_and_stays_as_it_was() -> No
     assert ast.step == 1
 
 
-def test_extra_passes_leave_no_trace() -> None:
-    model, optimizer, ast = runs.wrapped()
+@SLICINGS
+def test_extra_passes_leave_no_trace(slicing: str) -> None:
+    model, optimizer, ast = runs.wrapped(slicing=slicing)
     runs.closure_step(model, optimizer, 0)
     model.train()
     gradients = {name: torch.randn_like(p) for name, p in model.named_parameters()}
@@ -313,14 +329,8 @@ def test_a_step_that_a_gradient_scaler_skips_is_made_again_with_the_same_masks()
 def test_a_line_search_tries_masks_once_a_step() -> None:
     torch.manual_seed(0)
     model = networks.plain_conv_net()
-    groups = ChannelGroups(
-        groups=tuple(
-            runs.group(g.name, g.units, g.axes_of("out")[0].tensor, g.axes_of("in")[0].tensor)
-            for g in runs.CONV_GROUPS.groups
-        )
-    )
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
-    _, _, ast = runs.wrapped(model, optimizer, groups)
+    _, _, ast = runs.wrapped(model, optimizer, runs.PLAIN_GROUPS)
     calls = []
 
     def closure() -> Tensor:

@@ -18,7 +18,7 @@ SETTINGS: dict[str, Any] = {
     "pattern": "channel",
     "total_steps": 30,
     "end_step": 20,
-    "slicing": "off",
+    "slicing": "leaves",
 }
 
 
@@ -42,6 +42,11 @@ CONV_GROUPS = ChannelGroups(
         group("stem", 8, "stem.weight", "conv1.weight", "norm0"),
         group("conv1", 16, "conv1.weight", "conv2.weight", "norm1"),
         group("conv2", 16, "conv2.weight", "head.weight", "norm2"),
+    )
+)
+PLAIN_GROUPS = ChannelGroups(
+    groups=tuple(
+        group(g.name, g.units, g.axes_of("out")[0].tensor, g.axes_of("in")[0].tensor) for g in CONV_GROUPS.groups
     )
 )
 

@@ -22,6 +22,7 @@ from torch import nn
 from ast_plugin.errors import ActivationError, ConfigError, StateError
 from ast_plugin.integrations.timm.average import RunAverage
 from ast_plugin.integrations.timm.evaluation import check_metric, count_from_target, merged, split_metric
+from ast_plugin.integrations.timm.exploring import explore_with
 from ast_plugin.integrations.timm.flags import Settings
 from ast_plugin.integrations.timm.networks import network_in, picture_for
 from ast_plugin.integrations.timm.outputs import write_outputs
@@ -162,6 +163,7 @@ class TimmRun:
             _logger.info(f"Sub-nets go on from {resume} at step {ast.step} of {steps}.")
         if average is not None:
             self._average = RunAverage(ast, average, state.get(AVERAGE_KEY))
+        explore_with(task, ast)
         inner = innermost_optimizer(optimizer)
         # Scripts of older timm have tasks too, which their savers do not know.
         known = getattr(saver, "task", None) is task

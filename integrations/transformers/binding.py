@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+import torch
 from transformers import Trainer, TrainerCallback
 
 from ast_plugin.config import ASTConfig
@@ -77,6 +78,7 @@ class Binding:
         self._before: dict[str, Any] = {}
         for name, around in {
             "training_step": self._step,
+            "compute_loss": self._compute_loss,
             "prediction_step": self._step,
             "_load_optimizer_and_scheduler": self._load,
             "evaluate": self._evaluate,
@@ -124,6 +126,14 @@ class Binding:
             if self._callback.ast is not None:
                 self._callback.ast.model.state_dict()
             raise
+
+    def _compute_loss(self, method: Callable[..., Any], model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        """Have the loss of the networks that the method has drawn for this step, where it draws any."""
+        ast = self._callback.ast
+        if ast is not None and torch.is_grad_enabled() and ast.model.training:
+            # A copy for each: label smoothing takes the labels out of what it is given.
+            ast.explore(lambda: method(model, dict(inputs), *args, **options))
+        return method(model, inputs, *args, **options)
 
     def _evaluate(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         ast = self._run()
