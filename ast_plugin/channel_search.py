@@ -8,6 +8,7 @@ is where activations of different layers are added or concatenated.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ def find_groups(model: nn.Module, example_inputs: Any, *, prunable: Collection[s
     with _undisturbed():
         twin = search_copy(model)
         call, spaces = _traced(twin, call)
-        return _Search(twin, call, spaces, frozenset(prunable)).result()
+        return _Search(model, twin, call, spaces, frozenset(prunable)).result()
 
 
 def example_inputs_of(model: nn.Module) -> Any | None:
@@ -119,7 +120,10 @@ def _undisturbed() -> Iterator[None]:
 
 
 class _Search:
-    def __init__(self, twin: nn.Module, call: Call, spaces: list[Space], prunable: frozenset[str]) -> None:
+    def __init__(
+        self, model: nn.Module, twin: nn.Module, call: Call, spaces: list[Space], prunable: frozenset[str]
+    ) -> None:
+        self._model = model
         self._twin = twin
         self._call = call
         self._spaces = spaces
@@ -158,10 +162,10 @@ class _Search:
             raise Obstacle("no layer reads its channels")
         modules = dict(self._twin.named_modules())
         for path in space.passing:
-            if isinstance(modules[path], nn.Embedding):
-                raise Obstacle(f"shares its channels with the embedding {path}")
-            if isinstance(modules[path], nn.LayerNorm) and not space.mixing:
-                raise Obstacle(f"{path} normalizes over these channels, whose statistics would change")
+            if isinstance(modules[path], nn.LayerNorm) and not space.attention:
+                raise Obstacle("a layer norm takes its statistics over these channels")
+        if space.computed:
+            raise Obstacle("read by a convolution that standardizes its weights over these channels")
         for path in dict.fromkeys((*space.producers, *space.consumers)):
             name = f"{path}.weight"
             names = self._owners.get(id(modules[path]._parameters.get("weight")), [])
@@ -177,25 +181,21 @@ class _Search:
         if not ready:
             return [], {}
         proof = Proof(self._twin, self._call, self._prunable)
-        unseen = proof.unseen([options[0] for options in ready])
-        failures = dict.fromkeys(unseen, INVISIBLE)
-        chosen = []
-        for options in ready:
-            if options[0].name not in failures:
-                chosen.append(options)
-        groups, wrong = proof.proven([options[0] for options in chosen])
-        for options in chosen:
-            name = options[0].name
-            if name not in wrong:
-                continue
-            found = next((draft for draft in options[1:] if not proof.failure([draft])), None)
-            if found is None:
-                failures[name] = wrong[name]
-            else:
-                groups.append(found)
-        groups, more = proof.proven(groups)
-        order = [options[0].name for options in ready]
-        return sorted(groups, key=lambda group: order.index(group.name)), failures | more
+        if not proof.finite:
+            proof = Proof(search_copy(self._model), self._call, self._prunable, randomise=False)
+        failures = dict.fromkeys(proof.unseen([options[0] for options in ready]), INVISIBLE)
+        chosen = [options for options in ready if options[0].name not in failures]
+        firsts = [options[0] for options in chosen]
+        if proof.failure(firsts):
+            firsts = []
+            for options, failure in _tried(proof, chosen):
+                if failure:
+                    failures[options[0].name] = failure
+                else:
+                    firsts.append(options[0])
+            firsts, more = proof.proven(firsts)
+            failures |= more
+        return firsts, failures
 
     def _left_whole(self, groups: list[ChannelGroup], reasons: Mapping[str, str]) -> Iterator[LeftWhole]:
         sliced = {axis.tensor for group in groups for axis in group.axes if axis.role == "out"}
@@ -214,3 +214,23 @@ class _Search:
                 yield LeftWhole(name=path, reason="did not run on the example inputs, or not as a layer")
             else:
                 yield LeftWhole(name=path, reason=f"weights of {type(module).__name__}, which is no layer known here")
+
+
+def _tried(proof: Proof, chosen: list[list[ChannelGroup]]) -> Iterator[tuple[list[ChannelGroup], str]]:
+    """Yield drafts, those first that hold for one group of their kind in the model, or the failure of the first one.
+
+    Groups whose tensors have the same names but for numbers, in blocks that repeat, are of one kind.
+    """
+    known: dict[Any, tuple[int, str]] = {}
+    for options in chosen:
+        likeness = tuple(re.sub(r"\d+", "#", axis.tensor) for axis in options[0].axes)
+        if likeness not in known:
+            failures = []
+            for draft in options:
+                failures.append(proof.failure([draft]))
+                if not failures[-1]:
+                    break
+            number = len(failures) - 1
+            known[likeness] = (0, failures[0]) if failures[-1] else (number, "")
+        number, failure = known[likeness]
+        yield options[min(number, len(options) - 1) :], failure

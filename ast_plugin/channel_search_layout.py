@@ -69,7 +69,7 @@ class _Layout:
         self._columns = {path: columns for path, columns in self._columns.items() if columns > 1}
         if not self._rows or not self._columns:
             raise Obstacle("one channel only")
-        self._heads = self._find_heads() if space.mixing else None
+        self._heads = self._find_heads() if space.attention else None
         self._units = self._count_units()
 
     def drafts(self) -> Iterator[ChannelGroup]:
@@ -109,12 +109,9 @@ class _Layout:
 
     def _find_heads(self) -> Heads:
         count, size, value, shared = self._shapes_of_attention()
-        widths = set(self._columns.values())
-        if count < 1 or len(widths) != 1:
+        width = max(self._columns.values())
+        if count < 1 or width % count or any(other not in (width, count) for other in self._columns.values()):
             raise Obstacle("attention whose heads cannot be told from its shapes")
-        width = widths.pop()
-        if width % count:
-            raise Obstacle(f"attention of {count} heads read by {width} columns")
         value = value or width // count
         size = size or value
         for rows in self._rows.values():
@@ -128,12 +125,12 @@ class _Layout:
 
     def _shapes_of_attention(self) -> tuple[int, int, int, int]:
         """Return heads, size of queries and of values (0: unknown), heads of keys, as the operations' tensors say."""
-        for grad_fn in self._space.mixing:
+        for grad_fn in self._space.attention:
             if hasattr(grad_fn, "_saved_query"):
                 query, key, value = grad_fn._saved_query, grad_fn._saved_key, grad_fn._saved_value
                 if query.ndim == 4:
                     return query.shape[1], query.shape[-1], value.shape[-1], key.shape[1]
-        for grad_fn in self._space.mixing:
+        for grad_fn in self._space.attention:
             if hasattr(grad_fn, "_saved_result") and grad_fn._saved_result.ndim == 4:
                 count = grad_fn._saved_result.shape[1]
                 return count, 0, 0, count
@@ -162,14 +159,16 @@ class _Layout:
             options = _parts_of_heads(self._heads, rows, self._units)
         else:
             options = self._parts(rows, self._space.split)
-        bias = self._modules[path]._parameters.get("bias")
-        found = []
-        for parts in options:
-            axes = [GroupAxis(tensor=f"{path}.weight", dim=dim, role="out", parts=parts)]
-            if bias is not None:
-                axes.append(GroupAxis(tensor=f"{path}.bias", dim=0, role="state", parts=parts))
-            found.append(axes)
-        return found
+        module = self._modules[path]
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        beside = [name for name, tensor in own if name != "weight" and tensor.shape[:1] == (rows,)]  # biases, gains
+        return [
+            [
+                GroupAxis(tensor=f"{path}.weight", dim=dim, role="out", parts=parts),
+                *(GroupAxis(tensor=f"{path}.{name}", dim=0, role="state", parts=parts) for name in beside),
+            ]
+            for parts in options
+        ]
 
     def _of_consumer(self, path: str) -> list[list[GroupAxis]]:
         dim = self._dim(path, "in")
@@ -179,8 +178,8 @@ class _Layout:
     def _of_passing(self, path: str) -> list[list[GroupAxis]]:
         module = self._modules[path]
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        if isinstance(module, nn.Embedding):
-            own = [(name, tensor) for name, tensor in own if tensor.shape[1:] == (self._units,)]
+        if isinstance(module, nn.Embedding) and (not self._heads or module.embedding_dim != self._heads.count):
+            raise Obstacle(f"shares its channels with the embedding {path}")
         options: list[list[GroupAxis]] = [[], []]
         for name, tensor in own:
             full = f"{path}.{name}" if path else name

@@ -12,6 +12,7 @@ import contextlib
 import math
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,21 +34,24 @@ class Proof:
         model: A copy in eval mode, on the CPU, in float32.
         call: What it is run with.
         prunable: Names of the weights that are masked.
+        randomise: Whether to take random values for norms, biases and the scale of weights.
     """
 
-    def __init__(self, model: nn.Module, call: Call, prunable: Collection[str]) -> None:
+    def __init__(self, model: nn.Module, call: Call, prunable: Collection[str], *, randomise: bool = True) -> None:
         self._model = model
         self._call = call
         self._held: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self._shapes = {name: self._held[name].shape for name in prunable if name in self._held}
-        originals = {name: tensor.detach().clone() for name, tensor in self._held.items()}
-        _randomise(model)
-        self._whole = self._run({})
-        if not all(bool(output.isfinite().all()) for output in self._whole):
-            with torch.no_grad():
-                for name, tensor in self._held.items():
-                    tensor.copy_(originals[name])
-            self._whole = self._run({})
+        if randomise:
+            _randomise(model)
+        with torch.enable_grad():
+            torch.manual_seed(0)
+            self._whole = self._outputs(call.of(model))
+
+    @property
+    def finite(self) -> bool:
+        """Return whether the outputs are finite numbers, which random values of the weights may have spoilt."""
+        return all(bool(output.isfinite().all()) for output in self._whole)
 
     def failure(self, groups: Sequence[ChannelGroup]) -> str:
         """Return what is wrong with these groups taken together; empty if nothing is."""
@@ -66,7 +70,8 @@ class Proof:
         if len(sliced) != len(masked):
             return DIFFERENT
         visible = False
-        for small, zeroed, whole in zip(sliced, masked, self._whole, strict=True):
+        whole_outputs = [output.detach() for output in self._whole]
+        for small, zeroed, whole in zip(sliced, masked, whole_outputs, strict=True):
             if small.shape != zeroed.shape or small.isnan().any() != zeroed.isnan().any():
                 return DIFFERENT
             change = _largest(zeroed - whole)
@@ -105,12 +110,12 @@ class Proof:
         if not groups:
             return set()
         axes = [(group.name, axis.tensor) for group in groups for axis in group.axes_of("in")]
-        with torch.enable_grad():
-            outputs = [output for output in tensors(self._call.of(self._model)) if output.requires_grad]
-            generator = torch.Generator().manual_seed(1)
-            weighted = [(output * torch.randn(output.shape, generator=generator)).sum() for output in outputs]
-            names = list(dict.fromkeys(name for _, name in axes))
-            found = torch.autograd.grad(weighted, [self._held[name] for name in names], allow_unused=True)
+        generator = torch.Generator().manual_seed(1)
+        outputs = [output for output in self._whole if output.requires_grad]
+        weighted = [(output * torch.randn(output.shape, generator=generator)).sum() for output in outputs]
+        names = list(dict.fromkeys(name for _, name in axes))
+        found = torch.autograd.grad(weighted, [self._held[name] for name in names], allow_unused=True)
+        self._whole = [output.detach() for output in self._whole]
         moves = {
             name: gradient is not None and bool(gradient.any()) for name, gradient in zip(names, found, strict=True)
         }
@@ -122,7 +127,10 @@ class Proof:
             output = torch.func.functional_call(
                 self._model, dict(tensors_by_name), self._call.args, self._call.kwargs, strict=False
             )
-        return [tensor.detach() for tensor in tensors(output) if tensor.is_floating_point()]
+        return self._outputs(output)
+
+    def _outputs(self, output: Any) -> list[Tensor]:
+        return [tensor for tensor in tensors(output) if tensor.is_floating_point()]
 
     @contextlib.contextmanager
     def _numbers(self, values: Mapping[tuple[str, str], int]) -> Iterator[None]:
@@ -153,21 +161,31 @@ def _largest(tensor: Tensor) -> float:
 
 @torch.no_grad()
 def _randomise(model: nn.Module) -> None:
-    """Give every floating-point parameter, and running statistics, random values of a usual size."""
+    """Give norms, biases and running statistics random values, and all weights a size at which they matter."""
     generator = torch.Generator().manual_seed(0)
+
+    def noise(tensor: Tensor) -> Tensor:
+        return torch.randn(tensor.shape, generator=generator)
+
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.is_floating_point():
+            if not parameter.is_floating_point() or not parameter.numel():
                 continue
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim >= 2 and name == "weight" and not isinstance(module, nn.Embedding):
-                parameter.copy_(noise / math.sqrt(max(1, parameter[0].numel())))
-            elif parameter.ndim == 1 and "bias" not in name:
-                parameter.copy_(1 + 0.2 * noise)
+            if parameter.ndim < 2:
+                middle = parameter if parameter.ndim == 0 else float("bias" not in name)
+                parameter.copy_(middle + 0.2 * noise(parameter))
+                continue
+            layer = name == "weight" and not isinstance(module, nn.Embedding)
+            spread = 1 / math.sqrt(parameter[0].numel()) if layer else 0.5
+            deviation, middle = torch.std_mean(parameter)
+            if deviation > 1e-8:
+                parameter.sub_(middle).mul_(spread / deviation)
             else:
-                parameter.add_(0.2 * noise)
+                parameter.copy_(spread * noise(parameter))
+            if not layer:
+                parameter.add_(middle)
         for name, buffer in module.named_buffers(recurse=False):
             if name == "running_mean":
-                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+                buffer.copy_(0.1 * noise(buffer))
             elif name == "running_var":
                 buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))

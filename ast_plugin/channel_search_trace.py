@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ast_plugin.channel_search_copy import Call, differentiable, tensors
@@ -23,7 +24,9 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 _OPAQUE = (nn.MultiheadAttention, nn.RNNBase)
 _ADDITIONS = ("Add", "Sub", "Lerp", "Addcmul")  # AddmmBackward and its kin are told apart below
 _CONCATENATIONS = ("Cat", "Stack")
-_MIXING = ("ScaledDotProduct", "Softmax", "SafeSoftmax", "Bmm")
+_PRODUCTS = ("ScaledDotProduct", "Bmm")
+_SOFTMAX = ("Softmax", "SafeSoftmax")
+_FUNCTIONS = frozenset((functional.linear, functional.conv1d, functional.conv2d, functional.conv3d))
 _SPLITTING = ("Split", "Slice", "Unbind", "Glu", "Select", "Unsafe_split")
 
 
@@ -39,6 +42,7 @@ class Space:
         operations: The autograd nodes in it.
         added: Whether activations of different layers are added in it.
         concatenated: Whether they are concatenated.
+        computed: Paths of consumers that run with another weight than they hold (standardized ones).
         ends: What it reaches that no group may: an output or input of the model, a module that cannot be looked into.
     """
 
@@ -49,12 +53,14 @@ class Space:
     operations: list[Any] = dataclasses.field(default_factory=list)
     added: bool = False
     concatenated: bool = False
+    computed: list[str] = dataclasses.field(default_factory=list)
     ends: list[str] = dataclasses.field(default_factory=list)
 
     @property
-    def mixing(self) -> list[Any]:
-        """Return the operations of attention: products of activations, softmax."""
-        return [grad_fn for grad_fn in self.operations if _named(grad_fn, _MIXING)]
+    def attention(self) -> list[Any]:
+        """Return the operations of attention, products of activations and softmax; empty where there is no product."""
+        found = [grad_fn for grad_fn in self.operations if _named(grad_fn, (*_PRODUCTS, *_SOFTMAX))]
+        return found if any(_named(grad_fn, _PRODUCTS) for grad_fn in found) else []
 
     @property
     def split(self) -> bool:
@@ -119,12 +125,15 @@ class _Watch:
         self.paths = {module: path for path, module in model.named_modules()}
         self.order: dict[nn.Module, int] = {}
         self.made: dict[Any, list[nn.Module]] = {}
+        self.running: nn.Module | None = None
+        self.computed: set[nn.Module] = set()
         self.error: Exception | None = None
 
     def run(self, call: Call) -> Any:
         hooks = [module.register_forward_hook(self._note) for module in self.paths]
+        hooks += [module.register_forward_pre_hook(self._enter) for module in self.paths if is_dense(module)]
         try:
-            with _FunctionalLinear(self.paths):
+            with _Functions(self):
                 return call.of(self._model)
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
@@ -137,30 +146,43 @@ class _Watch:
             for hook in hooks:
                 hook.remove()
 
+    def _enter(self, module: nn.Module, _args: Any) -> None:
+        self.running = module
+
     def _note(self, module: nn.Module, _args: Any, output: Any) -> None:
+        self.running = None
         self.order.setdefault(module, len(self.order))
         made = next(tensors(output), None)
         if made is not None and made.grad_fn is not None:
             self.made.setdefault(made.grad_fn, []).append(module)
 
 
-class _FunctionalLinear(TorchFunctionMode):
-    """Shows torch-pruning linear layers whose weight is used by ``F.linear`` outside of them, with another bias."""
+class _Functions(TorchFunctionMode):
+    """Sees with which weights the functions of linear layers and convolutions are called.
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    A linear layer whose weight ``F.linear`` uses outside of it, with another bias, is shown to torch-pruning as if it
+    had run itself. A layer that calls its function with another tensor than its own weight is noted.
+    """
+
+    def __init__(self, watch: _Watch) -> None:
         super().__init__()
-        self._layers = {id(module.weight): module for module in modules if isinstance(module, nn.Linear)}
+        self._watch = watch
+        layers = (module for module in watch.paths if isinstance(module, nn.Linear))
+        self._layers = {id(module._parameters.get("weight")): module for module in layers}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not nn.functional.linear:
+        if func not in _FUNCTIONS:
             return func(*args, **kwargs)
         given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+        running = self._watch.running
+        if running is not None and given["weight"] is not running._parameters.get("weight"):
+            self._watch.computed.add(running)
         layer = self._layers.get(id(given["weight"]))
         bias = given.get("bias")
-        if layer is None or bias is None or bias is layer.bias:
+        if func is not functional.linear or layer is None or bias is None or bias is layer.bias:
             return func(*args, **kwargs)
         output = func(given["input"], given["weight"], bias.detach())
         for hook in layer._forward_hooks.values():
@@ -209,6 +231,8 @@ class _Spaces:
         if path is not None and is_dense(module):
             made.producers.append(path)
             reading.consumers.append(path)
+            if module in self._watch.computed:
+                reading.computed.append(path)
             return
         made.operations.append(node.grad_fn)
         if path is not None:
@@ -223,7 +247,7 @@ class _Spaces:
         flows = {self._flows[source] | self._source(source) for source in node.inputs} - {0}
         widest = max(flows, key=int.bit_count, default=0)
         if any(flow | widest != widest for flow in flows):  # from other layers, not the same ones by another way
-            made.added |= _named(node.grad_fn, _ADDITIONS)
+            made.added |= _named(node.grad_fn, _ADDITIONS) and not self._is_score(node)
             made.concatenated |= _named(node.grad_fn, _CONCATENATIONS)
 
     def _all_flows(self) -> dict[Any, int]:
@@ -241,6 +265,18 @@ class _Spaces:
                 flows[node] = flow
                 waiting.extend(node.outputs)
         return {node: 0 if node in self._bits else flow for node, flow in flows.items()}
+
+    def _is_score(self, node: Any) -> bool:
+        """Return whether a node leads to a softmax: attention scores, to which biases of positions are added."""
+        waiting, seen = list(node.outputs), {node}
+        while waiting:
+            node = waiting.pop()
+            if _named(node.grad_fn, _SOFTMAX):
+                return True
+            if node not in seen and node.module not in self._watch.paths and not _named(node.grad_fn, _PRODUCTS):
+                waiting.extend(node.outputs)
+            seen.add(node)
+        return False
 
     def _is_source(self, node: Any) -> bool:
         module = node.module
