@@ -172,8 +172,8 @@ def _randomise(model: nn.Module) -> None:
             if not parameter.is_floating_point() or not parameter.numel():
                 continue
             if parameter.ndim < 2:
-                middle = parameter if parameter.ndim == 0 else float("bias" not in name)
-                parameter.copy_(middle + 0.2 * noise(parameter))
+                start = parameter if parameter.ndim == 0 else torch.full_like(parameter, float("bias" not in name))
+                parameter.copy_(start + 0.2 * noise(parameter))
                 continue
             layer = name == "weight" and not isinstance(module, nn.Embedding)
             spread = 1 / math.sqrt(parameter[0].numel()) if layer else 0.5

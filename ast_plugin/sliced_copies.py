@@ -1,7 +1,7 @@
 """What stands in for tensors and numbers of full size is copied and pickled as what it stands for.
 
-``copy.deepcopy`` and ``pickle`` take a module's attributes before any hook of it is called, so a layer that is copied by
-itself while a sub-net is on would take smaller weights along, and keep them.
+``copy.deepcopy`` and ``pickle`` take a module's attributes before any hook of it is called, so a layer that is copied
+by itself while a sub-net is on would take smaller weights along, and keep them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 def copied_as(small: Tensor, whole: Tensor) -> Tensor:
     """Have `small` copied and pickled as `whole`; returns `small`."""
-    small.__deepcopy__ = functools.partial(copy.deepcopy, whole)  # type: ignore[assignment]
+    small.__deepcopy__ = functools.partial(copy.deepcopy, whole)  # type: ignore[method-assign]
     small.__reduce_ex__ = functools.partial(_reduced, whole)  # type: ignore[method-assign]
     return small
 

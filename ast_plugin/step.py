@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,14 +11,13 @@ import torch
 from ast_plugin.activation import Form
 from ast_plugin.attachment import is_stepping
 from ast_plugin.correction import Correction
-from ast_plugin.correction import correct as correct_parts
 from ast_plugin.distributed import average_over_ranks, check_same_on_all_ranks
 from ast_plugin.errors import ActivationError, PluginError
 from ast_plugin.inactive import clear_state_at
 from ast_plugin.optimizers import is_idle
 from ast_plugin.parts import RunParts
-from ast_plugin.reference import ComparedGradients, correct_pairs, correct_whole
-from ast_plugin.sharding import Gathered, add_over_ranks, any_on_a_rank
+from ast_plugin.sharding import Gathered, any_on_a_rank
+from ast_plugin.step_correction import StepCorrection
 from ast_plugin.updates import MaskUpdate
 
 
@@ -46,6 +44,7 @@ class TrainingStep:
         self._counts = False
         self._carrying = False
         self._resting = 0  # how many times a step in progress was interrupted, one within the other
+        self._corrections = StepCorrection(parts, self._at)
         self._correction: Correction | None = None
         self._agreed = False
         self._updated = False  # a step that is made again after it was broken off must not regrow twice
@@ -84,7 +83,7 @@ class TrainingStep:
         self._agree()
         self._update_masks()
         self._parts.gradients.mask(self.scheduled)
-        self._correct()
+        self._correction = self._corrections.correct(self.scheduled, self.number, self.last_steps)
         self._hand_over()
 
     def around(self, closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -278,52 +277,6 @@ class TrainingStep:
             with torch.no_grad():
                 parts.local[parameter_name].masked_fill_(mask, 0)
             clear_state_at(parts.parameters[parameter_name], mask, parts.optimizer)
-
-    def _correct(self) -> None:
-        parts, name = self._parts, self.scheduled
-        options = parts.config.correction_options
-        if options.scope == "off" or len(parts.names) == 1:
-            return
-        alternation, reference = parts.alternation, parts.reference
-        reference.take_back()
-        pairs: list[ComparedGradients] = []
-        if reference.serves(name) and (options.first_step or not alternation.is_group_start(self.number)):
-            pairs = reference.pairs(name)
-        ahead = options.first_step or not alternation.is_group_start(self.number + 1)
-        reference.take(name if ahead else None, self._coming() if ahead else None)
-        if parts.sharded and pairs:
-            self._correction = correct_pairs(pairs, self._correct_parts)
-        elif pairs:
-            correct = functools.partial(parts.registry.correct_gradients, options=options, sub_net=name)
-            if parts.registry.extends("ast_correct_gradients"):
-                self._correction = correct_whole(pairs, correct)
-                parts.gradients.mask(name)  # a plugin's correction may have left the mask
-            else:
-                self._correction = correct_pairs(pairs, correct)
-
-    def _correct_parts(
-        self, gradients: Sequence[torch.Tensor], references: Sequence[torch.Tensor], names: Sequence[str]
-    ) -> Correction | None:
-        """Correct this rank's parts of the gradients by the inner products of the whole ones."""
-        scope, layouts = self._parts.config.correction_options.scope, self._parts.layouts
-        if scope == "off":
-            return None
-
-        def add_up(products: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-            # By name: packs are made of local parts, so the order may be another one on every rank.
-            order = sorted(range(len(rows)), key=lambda i: names[rows[i]])
-            added = add_over_ranks(products[order], [layouts[names[rows[i]]] for i in order])
-            return torch.empty_like(products).index_copy_(0, torch.tensor(order, device=products.device), added)
-
-        return correct_parts(gradients, references, scope=scope, add_up=add_up)
-
-    def _coming(self) -> str | None:
-        """Return the sub-net of the next step if it will be compared at the masks that it has now."""
-        parts, step = self._parts, self.number + 1
-        if parts.registry.extends("ast_correct_gradients"):
-            return None
-        name = self._at(step)
-        return None if parts.updater.is_due(name, step, self.last_steps[name]) else name
 
     def _hand_over(self) -> None:
         """Give the optimizer the sub-net's own BatchNorm state, and remember what it must not move."""

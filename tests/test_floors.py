@@ -117,6 +117,7 @@ SPLIT_CONCEPTS = (
     "plugins",
     "profiles",
     "report",
+    "step",
     "training",
     "wrapping",
 )
