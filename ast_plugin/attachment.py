@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ast_plugin.sliced_routes import is_tracing
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 NO_BACKWARD = -1
@@ -30,7 +32,7 @@ class TrainingEvents(Protocol):
     """What a controller is told, in the order of one training step."""
 
     def before_forward(self, compiling: bool) -> None:
-        """The model's forward is about to run, compiled or traced if `compiling`."""
+        """The model's forward is about to run, compiled or recorded if `compiling`."""
 
     def after_forward(self, raised: bool) -> object | None:
         """The forward has run, or raised. Returns what backward is to be reported with; None: do not report it."""
@@ -148,7 +150,7 @@ class Attachment:
 
     def _before_forward(self, module: nn.Module, *_: Any, compiling: bool = False) -> None:
         if self._is_outermost(module):
-            self._events.before_forward(compiling or torch._C._is_tracing())
+            self._events.before_forward(compiling or is_tracing())
 
     def _after_forward(self, module: nn.Module, _: Any, output: Any) -> None:
         if self._is_outermost(module):

@@ -16,6 +16,7 @@ from ast_plugin.exploration import Loss, losses_of
 from ast_plugin.parts import RunParts
 from ast_plugin.rewinding import Mark
 from ast_plugin.sharding import is_sharding_module
+from ast_plugin.sliced_routes import is_tracing
 from ast_plugin.step import TrainingStep
 from ast_plugin.training_state import KEY, RunState
 
@@ -106,8 +107,8 @@ class RunEvents:
     def before_forward(self, compiling: bool) -> None:
         """Put on the scheduled sub-net in training, the default one otherwise, unless one was chosen."""
         activation = self._parts.activation
-        if self._parts.parameters.lent():
-            activation.hide(True)  # nothing may stand in for the tensors that were handed over
+        if self._parts.parameters.lent() or is_tracing():
+            activation.hide(True)  # others stand in for the model's tensors already
         elif self._chosen:
             activation.refresh(compiling=compiling)
         if self._hands_off():
@@ -127,7 +128,8 @@ class RunEvents:
             check_every_rank_goes_on(self._parts.model)
             self._parts.sampled.begin(self._step.number)
             self._step.begin()
-            activation.put_on(self._step.scheduled, self._step.form, compiling=compiling)
+            form = Form.PROBE if self._parts.gradients.captures else Form.COMPUTE
+            activation.put_on(self._step.scheduled, form, compiling=compiling)
         else:
             self._passing = self._passing or activation.worn != self._parts.default
             activation.put_on(self._parts.default, compiling=compiling)

@@ -55,6 +55,11 @@ class GradientMasks:
         self._masked: dict[Pack, _Masked] = {}
         self._clean: dict[str, _Masked] = {}
 
+    @property
+    def captures(self) -> bool:
+        """Whether the dense gradient of the present step is kept aside."""
+        return self._captured is not None
+
     def begin(self, sub_net: str, *, capture: bool) -> None:
         """Expect gradients of `sub_net`; called before every training forward.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ast_plugin.channels import ChannelGroups, attribute_values, slices
+from ast_plugin.channels import ChannelGroups, Slice, attribute_values, slices
 from ast_plugin.masks import MaskStore
 
 
@@ -113,12 +115,14 @@ class SlicePlans:
 
     def _make(self, sub_net: str) -> SlicePlan | None:
         masks = self._masks.of(sub_net)
-        kept = {name: flags.cpu() for name, flags in self._groups.kept(masks).items()}
-        whole = self._groups.masks(kept, self._masks.shapes)
-        if any(not torch.equal(whole[name], mask.cpu()) for name, mask in masks.items()):
-            return None
+        kept = self._kept(masks)
+        found = slices(self._groups.groups, kept)
+        for name, mask in masks.items():
+            count = self._masks.kept(sub_net, name)
+            if not (_is_of(mask, count, found[name]) if name in found else count == mask.numel()):
+                return None
         cuts = []
-        for name, left in slices(self._groups.groups, kept).items():
+        for name, left in found.items():
             place = self._places[name]
             device = place.tensor.device
             cuts.append(Cut(name, place, tuple((dim, indices.to(device)) for dim, indices in left.dims)))
@@ -130,6 +134,15 @@ class SlicePlans:
             columns=tuple(self._columns(kept)),
         )
 
+    def _kept(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return which units are kept if the masks are of whole units: a single row tells."""
+        kept: dict[str, Tensor] = {}
+        for group in self._groups.groups:
+            for axis in group.axes_of("in"):
+                units = axis.flags(_line(masks[axis.tensor], axis.dim)).cpu()
+                kept[group.name] = kept[group.name] | units if group.name in kept else units
+        return kept
+
     def _columns(self, kept: dict[str, Tensor]) -> list[Dropped]:
         found = []
         for group in self._groups.groups:
@@ -138,6 +151,22 @@ class SlicePlans:
                 place = self._places[axis.tensor]
                 found.append(Dropped(place, axis.dim, axis.indices(numbers).to(place.tensor.device)))
         return found
+
+
+def _line(mask: Tensor, dim: int) -> Tensor:
+    """Return the elements along a dimension that lie in line with the first one that is kept."""
+    first = int(mask.numpy().argmax() if mask.device.type == "cpu" else mask.flatten().byte().argmax())
+    places: list[Any] = list(np.unravel_index(first, tuple(mask.shape)))
+    places[dim] = slice(None)
+    return mask[tuple(places)]
+
+
+def _is_of(mask: Tensor, count: int, left: Slice) -> bool:
+    """Return whether a mask with `count` kept weights keeps all that is left, and so nothing else."""
+    part = mask
+    for dim, indices in left.dims:
+        part = part.index_select(dim, indices.to(mask.device))
+    return part.numel() == count and bool(part.all())
 
 
 def _places(model: nn.Module, groups: ChannelGroups) -> dict[str, Place]:

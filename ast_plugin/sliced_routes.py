@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -68,3 +69,9 @@ def is_compiled(model: nn.Module) -> bool:
         if forward is not None and hasattr(forward, "_torchdynamo_orig_callable"):
             return True
     return False
+
+
+def is_tracing() -> bool:
+    """Return whether the code at hand is recorded, by ``torch.export`` or ``torch.jit.trace``."""
+    exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7 and later
+    return torch._C._is_tracing() or exporting()

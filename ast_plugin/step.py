@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ast_plugin.activation import Form
 from ast_plugin.attachment import is_stepping
 from ast_plugin.correction import Correction
 from ast_plugin.distributed import average_over_ranks, check_same_on_all_ranks
@@ -31,7 +30,6 @@ class TrainingStep:
     Attributes:
         number: Optimizer steps that have happened, which is also the number of the next one, from 0.
         last_steps: For each sub-net, the step at which it was last trained, None before the first.
-        form: What the sub-net is put on for in the present step.
     """
 
     def __init__(self, parts: RunParts, owner: Any) -> None:
@@ -39,7 +37,6 @@ class TrainingStep:
         self._owner = owner
         self.number = 0
         self.last_steps: dict[str, int | None] = dict.fromkeys(parts.names)
-        self.form = Form.COMPUTE
         self._begun = False
         self._counts = False
         self._carrying = False
@@ -70,9 +67,7 @@ class TrainingStep:
         parts, name = self._parts, self.scheduled
         self.mend()
         due = parts.updater.is_due(name, self.number, self.last_steps[name])
-        capture = due and parts.method.needs_gradient
-        parts.gradients.begin(name, capture=capture)
-        self.form = Form.PROBE if capture else Form.COMPUTE
+        parts.gradients.begin(name, capture=due and parts.method.needs_gradient)
         self._begun = True
 
     def prepare(self) -> None:

@@ -267,7 +267,8 @@ def _build(
             route=route,
             gradients=gradients,
         )
-    route()
+    if groups is not None:
+        route()  # what cannot work is refused before anything is touched
     activation = RewindableActivation(
         inner,
         tensor_slots(bare, () if is_sharded else changing),

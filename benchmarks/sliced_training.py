@@ -71,22 +71,33 @@ class Steps:
                 **options,
             )
             if resample:
-                self._drawn = {name: [self._draw() for _ in range(3)] for name in self.ast.sub_nets}
+                generator = torch.Generator().manual_seed(0)
+                shapes = self.ast.masks.shapes
+                for name, kept in zip(self.ast.sub_nets, KEPT, strict=True):
+                    drawn = [_draw(task, kept, generator) for _ in range(2)]
+                    self._drawn[name] = [task.groups.masks(units, shapes) for units in drawn]
 
     def step(self) -> float:
         """Make one step and return the seconds of CPU time that it took."""
-        if self._drawn and self.ast is not None:
-            name = self.ast.active
-            self.ast.masks.replace(name, self._drawn[name][self.ast.step // 3 % 3])
         gc.collect()
         began = time.process_time()
+        if self._drawn and self.ast is not None:
+            name = self.ast.active
+            self.ast.masks.replace(name, self._drawn[name][self.ast.step // len(KEPT) % 2])
         self.optimizer.zero_grad()
         self.task.loss(self.model(self.task.inputs)).backward()
         self.optimizer.step()
         return time.process_time() - began
 
-    def _draw(self) -> dict[str, Tensor]:
-        raise NotImplementedError
+
+def _draw(task: Task, kept: float, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return which units of each group stay, at random."""
+    units = {}
+    for group in task.groups.groups:
+        flags = torch.zeros(group.units, dtype=torch.bool)
+        flags[torch.randperm(group.units, generator=generator)[: max(1, round(kept * group.units))]] = True
+        units[group.name] = flags
+    return units
 
 
 def measure(task: Task, names: Sequence[str], *, rounds: int, resample: bool) -> dict[str, Any]:

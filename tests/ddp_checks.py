@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from channel_networks import mlp_groups
 from checkpoints import App
 from global_batches import CLIP, OPTIONS, STEPS, Batch, clipped_step, close, mine, same_masks, single
 from networks import adamw, assert_same, conv_net, image_batch, mlp, sgd, snapshot, vector_batch, wrapped
@@ -148,6 +149,35 @@ def accumulation_with_and_without_synchronising_micro_batches(folder: Path) -> I
         same_masks(ast, expected_ast)
         close(model, expected)
         same_on_all_ranks(model, ast)
+
+
+def channel_sub_nets_with_gathered_weights(folder: Path) -> Iterator[None]:
+    options = {"pattern": "channel", "groups": mlp_groups(), "method": "rigl", "sparsities": (0.25, 0.5, 0.75)}
+    expected, expected_ast = single(mlp, vector_batch, slicing="leaves", **options)
+    assert expected_ast.statistics()["conflicts"] > 0
+    yield
+    for how in (
+        {},
+        {"inside": False},
+        {"slicing": "gather", "parts": 2},
+        {"ddp": {"gradient_as_bucket_view": True}},
+        {"ddp": {"static_graph": True}, "inside": False},
+        {"ddp": {"find_unused_parameters": True}},
+    ):
+        seen: list[torch.Size] = []
+
+        def watched(seen: list[torch.Size] = seen) -> nn.Module:
+            net = mlp()
+            net[2].register_forward_pre_hook(lambda module, _: seen.append(module.weight.shape))
+            return net
+
+        model, ast = parallel(watched, vector_batch, **{**options, **how})
+        close(model, expected)
+        same_masks(ast, expected_ast)
+        same_on_all_ranks(model, ast)
+        assert {(12, 12), (8, 8), (4, 4)} <= set(map(tuple, seen)), how
+    with pytest.raises(ast_plugin.ActivationError, match=r'slicing="leaves" gives gradients to tensors'):
+        parallel(mlp, vector_batch, slicing="leaves", **options)
 
 
 def compiled_models(folder: Path) -> Iterator[None]:
@@ -433,6 +463,7 @@ CHECKS = {
         two_ranks_equal_one_process,
         two_ranks_with_batch_norm_equal_two_micro_batches,
         accumulation_with_and_without_synchronising_micro_batches,
+        channel_sub_nets_with_gathered_weights,
         compiled_models,
         a_rank_with_an_empty_micro_batch_does_not_hang,
         unused_parameters_that_differ_between_ranks,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from channel_networks import BUSY, NETWORKS, Tokens, Witness, groups_of, sliced_run, tokens
 from networks import OPTIMIZERS, adamw, conv_net, image_batch, mlp, plain_conv_net, sgd, snapshot, vector_batch
 from setup_runs import Step, batch_for, plain_step
@@ -19,6 +20,7 @@ from test_setups_formats import channels_last_net, channels_last_step
 from test_setups_modes import PLAIN, Outer, WithLoss, outer
 from test_setups_precision import autocast_step, scaling_step
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
@@ -28,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 import ast_plugin
 
 ROUTES = ("leaves", "gather")
+TWICE = "gradient penalty"  # BatchNorm has no second derivative in these kernels
 
 
 @pytest.fixture(autouse=True)
@@ -245,11 +248,11 @@ def test_a_checkpoint_around_the_whole_model_is_that_of_masked_weights(net: Any)
     assert_as_masked(step, net=net)
 
 
-@pytest.mark.parametrize("setup", sorted(PLAIN))
-@pytest.mark.parametrize("net", [conv_net, mlp])
+@pytest.mark.parametrize(
+    ("setup", "net"),
+    [(setup, net) for setup in sorted(PLAIN) for net in (conv_net, mlp) if net is mlp or setup != TWICE],
+)
 def test_calling_the_model_otherwise_is_that_of_masked_weights(setup: str, net: Any) -> None:
-    if setup == "gradient penalty" and net is conv_net:
-        pytest.skip("BatchNorm has no second derivative with these kernels")
     assert_as_masked(PLAIN[setup], net=net)
 
 
@@ -612,3 +615,54 @@ def test_heads_are_really_fewer_and_tokens_are_a_network_with_attention() -> Non
     with ast.sub_net("s75"):
         assert model.attn.qkv.weight.shape == (12, 16)
         assert model.attn.proj.weight.shape == (16, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("how", ["compile, then wrap", "wrap, then compile", "model.compile()", "a function"])
+def test_compiled_networks_are_masked_and_train_in_one_graph(how: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    found = []
+    for compiled in (False, True):
+        model: Any = mlp()
+        witness = Witness(model, ["2"] if not compiled else [])
+        optimizer = sgd(model)
+        called: Any = model
+        if compiled and how == "compile, then wrap":
+            called = torch.compile(model, backend=counter)
+        ast = ast_plugin.wrap(optimizer, called, **{**BUSY, "groups": groups_of(model), "slicing": "auto"})
+        if compiled and how == "wrap, then compile":
+            called = torch.compile(model, backend=counter)
+        elif compiled and how == "model.compile()":
+            model.compile(backend=counter)
+        elif compiled and how == "a function":
+            called = torch.compile(lambda inputs, model=model: model(inputs), backend=counter)
+        for number in range(15):
+            inputs, labels = vector_batch(number)
+            optimizer.zero_grad()
+            functional.cross_entropy(called(inputs), labels).backward()
+            if number == 7:
+                with ast.sub_net("s75"), torch.no_grad():
+                    chosen = called(inputs)
+                    torch.testing.assert_close(called(inputs), chosen)
+            optimizer.step()
+        assert (witness.sliced > 0) != compiled
+        found.append([chosen, *(parameter.detach() for parameter in model.parameters())])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
+    assert counter.frame_count <= 2
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_smaller_weights_are_refused_where_the_network_is_compiled() -> None:
+    torch._dynamo.reset()
+    for slicing in ROUTES:
+        model = mlp()
+        sliced_run(model, sgd(model), slicing, method="static")
+        before = snapshot(model)
+        with pytest.raises(ast_plugin.ActivationError, match=f'slicing="{slicing}" cannot be used in compiled'):
+            torch.compile(model, backend="aot_eager")(vector_batch(0)[0])
+        for name, tensor in snapshot(model).items():
+            assert torch.equal(tensor, before[name])
+    torch._dynamo.reset()
