@@ -98,6 +98,9 @@ def measure_vit_sparse(folder: Path, args: argparse.Namespace) -> dict[str, Any]
             "F.linear(x, csr), 90 %", wrong_way_round(elastic.compile(linear_name(0.9, 1), "csr", seconds=0.1)), inputs
         ),
     ]
+    if importlib.util.find_spec("onnxruntime") is not None:  # what a compressed network has to beat as well
+        whole = exported(_Whole(dense), "dense", dense, inputs, folder / "dense.onnx")
+        contenders.append(onnx_runtime("dense", whole, inputs, dense=True))
     layers = {}
     for form, edge, wanted in (("csr", 1, CSR), ("bsr", BLOCK, BSR)):
         for sparsity in SPARSITIES:
