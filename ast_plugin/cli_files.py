@@ -80,6 +80,13 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="dense: with zeros (default); sliced: without the dropped units of a channel sub-net, and beside it, as "
         ".json, what became smaller",
     )
+    export.add_argument(
+        "--multiple",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --form sliced: fill the numbers of channels up to multiples of N, by channels of zeros (default: 1)",
+    )
     export.add_argument("--untrained", action="store_true", help="write a sub-net that was never trained too")
 
 
@@ -142,7 +149,9 @@ def run_export(args: argparse.Namespace) -> int:
     _check_other_file("--to", args.to, args.file)
     if args.file.is_dir():
         _check_outside("--to", args.to, args.file)
-    export_state_dict(contents, args.sub_net, args.to, form=args.form, allow_untrained=args.untrained)
+    export_state_dict(
+        contents, args.sub_net, args.to, form=args.form, multiple=args.multiple, allow_untrained=args.untrained
+    )
     if args.form == "sliced":
         return _told_sliced(args)
     kept, total = contents.records[args.sub_net].kept, contents.records[args.sub_net].total

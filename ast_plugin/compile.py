@@ -19,7 +19,7 @@ from ast_plugin.elastic_contents import StoredSubNet
 from ast_plugin.errors import ASTError, ConfigError, near_names
 from ast_plugin.patterns import BlockPattern, parse_pattern
 from ast_plugin.plain_model import plain_copy
-from ast_plugin.sliced_model import slice_model
+from ast_plugin.sliced_model import rounded_up, slice_model
 from ast_plugin.sub_nets import is_number
 
 FORMS = ("auto", "dense", "sliced", "csr", "bsr", "2:4")
@@ -50,11 +50,13 @@ class CompileOptions:
     Attributes:
         example_inputs: A tensor, a tuple of positional arguments, a dict of keyword arguments, or None.
         block_size: Edge of the blocks of ``bsr``.
+        multiple: What the numbers of channels and hidden units of ``sliced`` are to be multiples of.
         seconds: How long to measure.
     """
 
     example_inputs: Any
     block_size: int
+    multiple: int
     seconds: float
 
 
@@ -65,6 +67,7 @@ def compile_sub_net(
     example_inputs: Any,
     *,
     block_size: int | None,
+    multiple: int,
     seconds: float,
 ) -> nn.Module:
     """Return one sub-net as a module of its own; `ast_plugin.Elastic.compile` describes it.
@@ -75,6 +78,7 @@ def compile_sub_net(
         form: One of `FORMS`.
         example_inputs: A tensor, a tuple of positional arguments, a dict of keyword arguments, or None.
         block_size: Edge of the blocks of ``bsr``; None: that of the sub-net's pattern, otherwise 8.
+        multiple: What the numbers of channels and hidden units of ``sliced`` are to be multiples of.
         seconds: How long to measure, about.
 
     Raises:
@@ -90,7 +94,7 @@ def compile_sub_net(
     edge = _block_size(source.records[name]) if block_size is None else block_size
     if type(edge) is not int or edge < 2:
         raise ConfigError(f"block_size must be a whole number of at least 2, such as 4 or 8, got {block_size!r}")
-    options = CompileOptions(example_inputs=example_inputs, block_size=edge, seconds=float(seconds))
+    options = CompileOptions(example_inputs=example_inputs, block_size=edge, multiple=multiple, seconds=float(seconds))
     if form == "auto":
         return _fastest(source, name, options)
     module, told = _MAKERS[form](source, name, options)
@@ -104,11 +108,11 @@ def _dense(source: CompileSource, name: str, options: CompileOptions) -> tuple[n
 
 def _sliced(source: CompileSource, name: str, options: CompileOptions) -> tuple[nn.Module, dict[str, Any]]:
     kept = source.kept_channels(name)  # raises where there are none
-    groups = source.groups
+    groups = source.groups or ChannelGroups(groups=())
+    kept = rounded_up(groups, kept, options.multiple)
     model, _ = _dense(source, name, options)
     inputs = LayerInputs(model, (), options.example_inputs)
-    if groups is not None:
-        slice_model(model, groups, kept)
+    slice_model(model, groups, kept)
     inputs.check(model, "sliced")
     return model, {"units": {group: f"{int(flags.sum())} of {flags.numel()}" for group, flags in kept.items()}}
 

@@ -226,6 +226,7 @@ class Elastic:
         example_inputs: Any = None,
         *,
         block_size: int | None = None,
+        multiple: int = 1,
         seconds: float = 5.0,
     ) -> nn.Module:
         """Return one sub-net as a module of its own, in eval mode and without gradients, for fast inference.
@@ -247,6 +248,8 @@ class Elastic:
             example_inputs: What the module will be called with: a tensor, a tuple of positional arguments or a dict of
                 keyword arguments, on the model's device. ``auto`` needs it.
             block_size: Edge of the square blocks of ``bsr``; None: that of the sub-net's pattern, otherwise 8.
+            multiple: In the form ``sliced``, leave as many channels and hidden units of each group as make a multiple
+                of this; those that are added have zeros as weights.
             seconds: How long to measure, about.
 
         Raises:
@@ -254,7 +257,9 @@ class Elastic:
                 message says what does.
             ActivationError: As for `switch`, or if a form changes the outputs.
         """
-        return compile_sub_net(self, name, form, example_inputs, block_size=block_size, seconds=seconds)
+        return compile_sub_net(
+            self, name, form, example_inputs, block_size=block_size, multiple=multiple, seconds=seconds
+        )
 
     def __repr__(self) -> str:
         return f"Elastic({self.path!r}, sub_nets={self.sub_nets!r}, active={self._active!r})"

@@ -31,6 +31,7 @@ def export_onnx(
     *,
     dynamic_shapes: Any = None,
     form: str = "dense",
+    multiple: int = 1,
     check: bool = True,
     allow_untrained: bool = False,
 ) -> None:
@@ -47,6 +48,8 @@ def export_onnx(
         path: Where to write, customarily with the suffix ``.onnx``.
         dynamic_shapes: Which axes may vary, as `torch.export.export` understands it; None fixes all of them.
         form: ``dense`` or ``sliced``.
+        multiple: In the form ``sliced``, leave as many channels and hidden units of each group as make a multiple of
+            this; those that are added have zeros as weights. ONNX Runtime computes 16 at a time.
         check: Whether to run the file with ONNX Runtime on the example inputs, and to write it only if its outputs are
             those of the model.
         allow_untrained: Whether to write a sub-net that no step has trained.
@@ -62,7 +65,7 @@ def export_onnx(
     for package in (*_ONNX_PACKAGES, *([_ONNX_RUNTIME] if check else [])):
         if importlib.util.find_spec(package) is None:
             raise missing_extra("export_onnx", package, "onnx")
-    plain = export_model(source, name, model, form=form, allow_untrained=allow_untrained).eval()
+    plain = export_model(source, name, model, form=form, multiple=multiple, allow_untrained=allow_untrained).eval()
     size = sum(tensor.numel() * tensor.element_size() for tensor in plain.state_dict().values())
     if size > _LARGEST_ONNX:
         raise ConfigError(
@@ -97,6 +100,7 @@ def export_program(
     *,
     dynamic_shapes: Any = None,
     form: str = "dense",
+    multiple: int = 1,
     allow_untrained: bool = False,
 ) -> None:
     """Write one sub-net as a program of `torch.export`, in eval mode.
@@ -112,6 +116,8 @@ def export_program(
         path: Where to write, with the suffix ``.pt2``.
         dynamic_shapes: Which axes may vary, as `torch.export.export` understands it; None fixes all of them.
         form: ``dense``, or ``sliced``: without the dropped units of a channel sub-net.
+        multiple: In the form ``sliced``, leave as many channels and hidden units of each group as make a multiple of
+            this; those that are added have zeros as weights. Runtimes compute 8 or 16 at a time.
         allow_untrained: Whether to write a sub-net that no step has trained.
 
     Raises:
@@ -123,7 +129,7 @@ def export_program(
     """
     if Path(path).suffix.lower() != ".pt2":
         raise ConfigError(f"path must end in .pt2, as torch.export calls its programs, got {os.fspath(path)!r}")
-    plain = export_model(source, name, model, form=form, allow_untrained=allow_untrained).eval()
+    plain = export_model(source, name, model, form=form, multiple=multiple, allow_untrained=allow_untrained).eval()
     args, kwargs = _arguments(example_inputs)
     file = io.BytesIO()
     try:

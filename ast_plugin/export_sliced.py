@@ -20,7 +20,7 @@ from ast_plugin.elastic_channels import check_channel, stored_groups, stored_uni
 from ast_plugin.elastic_contents import ElasticContents
 from ast_plugin.errors import ConfigError, ElasticFileError, near_names
 from ast_plugin.files import atomic_write_text
-from ast_plugin.sliced_model import slice_model, sliced_sizes
+from ast_plugin.sliced_model import rounded_up, slice_model, sliced_sizes
 from ast_plugin.slots import plain_name
 
 FORMS = ("dense", "sliced")
@@ -68,12 +68,13 @@ def check_form(form: str) -> None:
         raise ConfigError(f"unknown form {form!r}: {near_names(str(form), FORMS)}")
 
 
-def channels_of(source: Any, name: str) -> tuple[ChannelGroups, Mapping[str, Tensor]]:
-    """Return the groups of a source and the units that a sub-net keeps, bool by group.
+def channels_of(source: Any, name: str, multiple: int = 1) -> tuple[ChannelGroups, Mapping[str, Tensor]]:
+    """Return the groups of a source and the units to leave of a sub-net, bool by group.
 
     Args:
         source: A training, an `Elastic` or `ElasticContents`.
         name: The sub-net.
+        multiple: As in `ast_plugin.sliced_model.rounded_up`.
 
     Raises:
         ConfigError: If there is no such sub-net, or it has no channels that could be cut out.
@@ -93,28 +94,31 @@ def channels_of(source: Any, name: str) -> tuple[ChannelGroups, Mapping[str, Ten
             f"sub-net {name!r} cannot be sliced: a {type(source).__name__} knows no channel groups; give a training, "
             "what load() returned, or what read_elastic() returned"
         )
-    return groups, kept
+    return groups, rounded_up(groups, kept, multiple)
 
 
-def sliced_copy(source: Any, name: str, plain: nn.Module) -> nn.Module:
+def sliced_copy(source: Any, name: str, plain: nn.Module, multiple: int) -> nn.Module:
     """Cut the dropped units of a sub-net out of a plain model that holds it, in place, and return the model.
 
     Raises:
         ConfigError: If it is no channel sub-net.
         ElasticFileError: If its groups do not fit the model.
     """
-    groups, kept = channels_of(source, name)
+    groups, kept = channels_of(source, name, multiple)
     slice_model(plain, groups, kept)
     return plain
 
 
-def sliced_state(source: Any, name: str, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def sliced_state(
+    source: Any, name: str, state: Mapping[str, Tensor], multiple: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the state dict of a sub-net without its dropped units, and the description for `shrink`.
 
     Args:
         source: A training, an `Elastic` or `ElasticContents`.
         name: The sub-net, of the pattern ``channel``.
         state: Its whole state dict with the names of a model without compiled parts; it is not changed.
+        multiple: As in `ast_plugin.sliced_model.rounded_up`.
 
     Returns:
         Tensors, those that stay whole as they are, and plain containers.
@@ -123,7 +127,7 @@ def sliced_state(source: Any, name: str, state: Mapping[str, Tensor]) -> tuple[d
         ConfigError: If it is no channel sub-net.
         ElasticFileError: If its groups do not fit the state dict.
     """
-    groups, kept = channels_of(source, name)
+    groups, kept = channels_of(source, name, multiple)
     cuts = {plain_name(key): cut for key, cut in slices(groups.groups, kept).items()}
     lacking = [key for key in cuts if key not in state]
     if lacking:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.channels import ChannelGroup, ChannelGroups, GroupAxis, Slice, attribute_values, slices
-from ast_plugin.errors import ElasticFileError
+from ast_plugin.errors import ConfigError, ElasticFileError
 
 # What modules call the sizes of a weight, by the role of its dimension: torch's layers, and Hugging Face's Conv1D.
 _NUMBERS = {"out": ("out_features", "out_channels", "nf"), "in": ("in_features", "in_channels", "nx")}
@@ -40,6 +40,31 @@ class ModuleSizes:
             "tensors": {name: list(shape) for name, shape in self.tensors.items()},
             "numbers": dict(self.numbers),
         }
+
+
+def rounded_up(groups: ChannelGroups, kept: Mapping[str, Tensor], multiple: int) -> dict[str, Tensor]:
+    """Return which units to leave in a network so that their numbers suit kernels that compute 8 or 16 at a time.
+
+    What is added are dropped units. Their weights are zero, so the outputs stay as they are.
+
+    Args:
+        groups: The groups. Attention heads are wide enough, and not added to.
+        kept: By group name, bool (units,), True = kept.
+        multiple: What the numbers shall be multiples of, where a group has as many units; 1 adds none.
+
+    Raises:
+        ConfigError: If `multiple` is no whole number of at least 1.
+    """
+    if type(multiple) is not int or multiple < 1:
+        raise ConfigError(f"multiple must be a whole number of at least 1, such as 8 or 16, got {multiple!r}")
+    found = {}
+    for group in groups.groups:
+        flags = kept[group.name].clone()
+        lacking = -int(flags.sum()) % multiple
+        if group.kind != "heads":
+            flags[flags.logical_not().nonzero().reshape(-1)[:lacking]] = True
+        found[group.name] = flags
+    return found
 
 
 def sliced_sizes(

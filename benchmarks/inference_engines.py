@@ -55,11 +55,20 @@ def eager(
     return Contender(engine=EAGER, name=name, run=run, dense=dense, at_least=at_least)
 
 
-def exported(source: SubNetSource, sub_net: str, model: nn.Module, inputs: Tensor, path: Path, *, form: str) -> Path:
+def exported(
+    source: SubNetSource,
+    sub_net: str,
+    model: nn.Module,
+    inputs: Tensor,
+    path: Path,
+    *,
+    form: str = "dense",
+    multiple: int = 1,
+) -> Path:
     """Write a sub-net as ONNX, its outputs compared with the model's."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter and its packages speak about themselves
-        export_onnx(source, sub_net, model, inputs, path, form=form)
+        export_onnx(source, sub_net, model, inputs, path, form=form, multiple=multiple)
     return path
 
 
@@ -82,7 +91,7 @@ def openvino(name: str, path: Path, inputs: Tensor, *, dense: bool = False) -> l
         return []
     import openvino as ov
 
-    compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": 1})
+    compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"})
     given = inputs.numpy()
     return [Contender(engine=OPENVINO, name=name, run=lambda: compiled(given), dense=dense)]
 

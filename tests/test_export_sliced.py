@@ -75,6 +75,18 @@ def test_the_sizes_say_what_was_kept(file: Path) -> None:
     assert torch.equal(small, hybrid().fc1.bias.detach()[sizes["units"]["fc1"]])
 
 
+def test_channels_fill_multiples_where_it_is_asked_for(file: Path) -> None:
+    export_state_dict(read_elastic(file), "c75", file.with_name("small.pt"), form="sliced", multiple=16)
+    model = shrink(Hybrid(), json.loads(file.with_name("small.json").read_bytes())).eval()
+    model.load_state_dict(torch.load(file.with_name("small.pt"), weights_only=True))
+    with torch.no_grad():
+        torch.testing.assert_close(model(pictures()), outputs(file, "c75"), rtol=1e-5, atol=1e-5)
+    compiled = load(file, hybrid()).compile("c75", "sliced", pictures(), multiple=16)
+    copied = export_model(read_elastic(file), "c75", hybrid(), form="sliced", multiple=16)
+    assert [m.block.expand.out_channels for m in (model, compiled, copied)] == [16, 16, 16]
+    assert [m.attn.heads for m in (model, compiled, copied)] == [1, 1, 1]
+
+
 def test_other_files_in_the_place_of_the_sizes_are_kept(file: Path) -> None:
     for content in (b'{"name": "mine"}', b"[1]", b"\xff"):
         file.with_name("small.json").write_bytes(content)

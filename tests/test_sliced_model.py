@@ -10,8 +10,8 @@ from sliced_examples import HYBRID_GROUPS, Hybrid, hybrid, pictures, random_unit
 from torch import nn
 
 from ast_plugin.channels import ChannelGroup, ChannelGroups, GroupAttribute, GroupAxis
-from ast_plugin.errors import ASTError, ElasticFileError, StateError
-from ast_plugin.sliced_model import ModuleSizes, slice_model, sliced_sizes
+from ast_plugin.errors import ASTError, ConfigError, ElasticFileError, StateError
+from ast_plugin.sliced_model import ModuleSizes, rounded_up, slice_model, sliced_sizes
 
 
 def masked(model: Hybrid, share: float) -> tuple[Hybrid, dict[str, torch.Tensor]]:
@@ -29,6 +29,24 @@ def test_outputs_are_those_of_the_masked_network(share: float) -> None:
     slice_model(model, HYBRID_GROUPS, kept)
     torch.testing.assert_close(model(pictures()), expected, rtol=1e-5, atol=1e-5)
     assert model.fc1.weight.shape[0] == max(1, round(32 * share))
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 16, 100])
+def test_units_that_are_added_change_no_output(multiple: int) -> None:
+    model, kept = masked(hybrid(), 0.3)
+    expected = model(pictures()).detach()
+    more = rounded_up(HYBRID_GROUPS, kept, multiple)
+    assert all(bool(more[name][flags].all()) for name, flags in kept.items())
+    slice_model(model, HYBRID_GROUPS, more)
+    torch.testing.assert_close(model(pictures()), expected, rtol=1e-5, atol=1e-5)
+    widths = {1: (7, 1, 10), 4: (8, 1, 12), 16: (16, 1, 16), 100: (24, 1, 32)}  # of 24 channels, 4 heads, 32 units
+    assert (model.block.expand.out_channels, model.attn.heads, model.fc1.out_features) == widths[multiple]
+
+
+@pytest.mark.parametrize("multiple", [0, 1.0, "8", True])
+def test_multiples_out_of_range_are_refused(multiple: object) -> None:
+    with pytest.raises(ConfigError, match="multiple must be a whole number of at least 1, such as 8 or 16, got"):
+        rounded_up(HYBRID_GROUPS, random_units(HYBRID_GROUPS, 0.5), multiple)
 
 
 def test_sizes_by_hand() -> None:
