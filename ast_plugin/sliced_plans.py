@@ -112,10 +112,8 @@ class SlicePlans:
         return known[2]
 
     def _make(self, sub_net: str) -> SlicePlan | None:
-        masks = self._masks.of(sub_net)
-        kept = {name: flags.cpu() for name, flags in self._groups.kept(masks).items()}
-        whole = self._groups.masks(kept, self._masks.shapes)
-        if any(not torch.equal(whole[name], mask.cpu()) for name, mask in masks.items()):
+        kept = self._units(sub_net)
+        if kept is None:
             return None
         cuts = []
         for name, left in slices(self._groups.groups, kept).items():
@@ -129,6 +127,15 @@ class SlicePlans:
             attributes=tuple((self._modules[module], name, value) for (module, name), value in values.items()),
             columns=tuple(self._columns(kept)),
         )
+
+    def _units(self, sub_net: str) -> dict[str, Tensor] | None:
+        known = self._masks.units(sub_net)
+        if known is not None:
+            return {name: flags.cpu() for name, flags in known.items()}
+        masks = self._masks.of(sub_net)
+        kept = {name: flags.cpu() for name, flags in self._groups.kept(masks).items()}
+        whole = self._groups.masks(kept, self._masks.shapes)
+        return kept if all(torch.equal(whole[name], mask.cpu()) for name, mask in masks.items()) else None
 
     def _columns(self, kept: dict[str, Tensor]) -> list[Dropped]:
         found = []
