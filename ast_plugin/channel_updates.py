@@ -65,8 +65,10 @@ class ChannelUpdates:
         known = self._known.get(sub_net)
         revision = self._masks.revision(sub_net)
         if known is None or known[0] != revision:
-            masks = {name: full(mask) for name, mask in self._masks.of(sub_net).items()}
-            known = self._known[sub_net] = revision, self.groups.kept(masks)
+            noted = self._masks.units(sub_net)
+            if noted is None:
+                noted = self.groups.kept({name: full(mask) for name, mask in self._masks.of(sub_net).items()})
+            known = self._known[sub_net] = revision, dict(noted)
         return known[1]
 
     def sparsity(self, sub_net: str) -> float:

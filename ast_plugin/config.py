@@ -55,7 +55,7 @@ class ASTConfig:
         total_steps: Optimizer steps of the whole run, over all sub-nets. Needed where a moment is given
             as a fraction.
         method: Name of the rule for mask updates: ``granet`` (the paper's), ``gmp``, ``rigl``, ``set``,
-            ``static``, or a plugin's.
+            ``static``, ``vr-pge`` for one channel sub-net, or a plugin's.
         pattern: Which masks are allowed: ``unstructured``, ``"N:M"``, ``"RxC"`` blocks, ``channel``, or a
             plugin's. An ``"N:M"`` entry of `sparsities` has its own.
         distribution: How a sparsity is spread over the layers: ``uniform``, ``erk``, ``global``, a plugin's,

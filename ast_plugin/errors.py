@@ -63,7 +63,7 @@ def near_names(name: str, choices: Iterable[str]) -> str:
         choices: What exists.
 
     Returns:
-        For example ``did you mean 'granet'? Known: gmp, granet, rigl, set, static``.
+        For example ``did you mean 'granet'? Known: gmp, granet, rigl, set, static, vr-pge``.
     """
     known = sorted(choices)
     listing = f"Known: {', '.join(known) if known else 'none'}"

@@ -54,13 +54,13 @@ class RunEvents:
         return self._chosen[-1] if self._chosen else None
 
     @contextlib.contextmanager
-    def choose(self, name: str) -> Iterator[None]:
+    def choose(self, name: str, form: Form = Form.SHOW) -> Iterator[None]:
         """Put a sub-net on for the length of a block; the one before is back on afterwards."""
         self._check_own()
         with self._step.interrupted():
             self._chosen.append(name)
             try:
-                self._parts.activation.put_on(name, Form.SHOW)
+                self._parts.activation.put_on(name, form)
                 yield
             finally:
                 self._chosen.pop()
@@ -90,7 +90,7 @@ class RunEvents:
     @contextlib.contextmanager
     def _sample(self, index: int) -> Iterator[None]:
         self._parts.sampled.put(index)
-        with self.choose(self._step.scheduled):
+        with self.choose(self._step.scheduled, Form.COMPUTE):
             yield
 
     @contextlib.contextmanager

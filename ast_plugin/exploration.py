@@ -48,10 +48,12 @@ def losses_of(
     """
     found = torch.zeros(count, dtype=torch.float64)
     trained = (p for group in optimizer.param_groups for p in group["params"])
-    with _gradients_aside((*module.parameters(), *trained)), torch.no_grad(), _WithoutBackward():
+    with _gradients_aside((*module.parameters(), *trained)), torch.no_grad():
         for index in reversed(range(count)):
             with _untouched(module), put_on(index):  # smaller buffers are written back when it is taken off
-                found[index] = _number(loss())
+                with _WithoutBackward():
+                    value = loss()
+                found[index] = _number(value)
     return found
 
 

@@ -48,6 +48,7 @@ class MaskStore:
         self._totals: dict[str, int] = {name: math.prod(shape) for name, shape in self.shapes.items()}
         self._kept: dict[str, dict[str, int]] = {sub_net: dict(self._totals) for sub_net in self.sub_nets}
         self._revisions: dict[str, int] = dict.fromkeys(self.sub_nets, 0)
+        self._units: dict[str, tuple[int, Mapping[str, Tensor]]] = {}
 
     def get(self, sub_net: str, parameter: str) -> Tensor:
         """Return a mask: bool, of the parameter's shape.
@@ -99,6 +100,15 @@ class MaskStore:
     def revision(self, sub_net: str) -> int:
         """Return a number that rises whenever a mask of `sub_net` changes."""
         return self._revisions[sub_net]
+
+    def note_units(self, sub_net: str, units: Mapping[str, Tensor]) -> None:
+        """Note which units of the channel groups the present masks keep, all else whole; it holds until one changes."""
+        self._units[sub_net] = self.revision(sub_net), units
+
+    def units(self, sub_net: str) -> Mapping[str, Tensor] | None:
+        """Return what `note_units` was told of the present masks: by group name, bool (units,); None for nothing."""
+        revision, units = self._units.get(sub_net, (None, None))
+        return units if revision == self.revision(sub_net) else None
 
     def of(self, sub_net: str) -> dict[str, Tensor]:
         """Return all masks of a sub-net by parameter name, in a new dict.

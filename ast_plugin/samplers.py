@@ -16,7 +16,18 @@ from torch import Tensor
 
 from ast_plugin.channels import ChannelGroups
 
-Masks = Mapping[str, Tensor]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The masks of one sub-net.
+
+    Attributes:
+        masks: By parameter name, bool.
+        units: By group name, which units they keep, bool (units,), where they keep whole units and all other weights.
+    """
+
+    masks: Mapping[str, Tensor]
+    units: Mapping[str, Tensor] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,8 +62,8 @@ class Sampler(Protocol):
     def is_final(self) -> bool:
         """Whether the masks change no more."""
 
-    def samples(self, step: int) -> Sequence[Masks]:
-        """Return the masks to try at a step: by parameter name, bool. The same whenever it is asked for that step.
+    def samples(self, step: int) -> Sequence[Sample]:
+        """Return the masks to try at a step; the same whenever it is asked for that step.
 
         The first are those that are trained. Of several, the losses are wanted; one is trained without any. None at
         all: the masks are final.
@@ -69,7 +80,7 @@ class Sampler(Protocol):
     def complete(self) -> None:
         """Make the masks final without any more losses: the run ends."""
 
-    def masks(self) -> Masks:
+    def final(self) -> Sample:
         """Return the final masks.
 
         Raises:

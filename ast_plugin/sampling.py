@@ -16,7 +16,7 @@ from ast_plugin.masks import MaskStore
 from ast_plugin.methods import Method
 from ast_plugin.plans import SubNetPlan
 from ast_plugin.random_state import seeded_generator
-from ast_plugin.samplers import Masks, Sampler, SamplerInputs
+from ast_plugin.samplers import Sample, Sampler, SamplerInputs
 from ast_plugin.updates import MaskUpdate
 
 _KEY = "sampler"
@@ -45,7 +45,7 @@ class SampledMasks:
         self._method = method
         self._model = model
         self._step: int | None = None
-        self._samples: Sequence[Masks] = ()
+        self._samples: Sequence[Sample] = ()
         self._present: int | None = None
         self._losses: Tensor | None = None
         self._batches = 0
@@ -68,7 +68,7 @@ class SampledMasks:
         """Have the sub-net keep what one of the step's masks keeps."""
         if self._present != index:
             self._present = None
-            self._masks.replace(self._plan.name, self._samples[index])
+            self._keep(self._samples[index])
             self._present = index
 
     def note(self, losses: Tensor) -> None:
@@ -155,6 +155,11 @@ class SampledMasks:
         self._samples = ()
         self._batches = 0
 
+    def _keep(self, sample: Sample) -> None:
+        self._masks.replace(self._plan.name, sample.masks)
+        if sample.units is not None:
+            self._masks.note_units(self._plan.name, sample.units)
+
     def _averaged(self) -> Tensor | None:
         if self._losses is None:
             return None
@@ -167,7 +172,7 @@ class SampledMasks:
         if not sampler.is_final:
             return ()
         name = self._plan.name
-        self._masks.replace(name, sampler.masks())
+        self._keep(sampler.final())
         check_same_on_all_ranks(f"the final masks of sub-net {name!r}", self._masks.checksum, name, model=self._model)
         target = self._plan.target_sparsity
         return (MaskUpdate(sub_net=name, target=target, achieved=sampler.achieved(), grown={}),)

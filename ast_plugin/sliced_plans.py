@@ -114,15 +114,11 @@ class SlicePlans:
         return known[2]
 
     def _make(self, sub_net: str) -> SlicePlan | None:
-        masks = self._masks.of(sub_net)
-        kept = self._kept(masks)
-        found = slices(self._groups.groups, kept)
-        for name, mask in masks.items():
-            count = self._masks.kept(sub_net, name)
-            if not (_is_of(mask, count, found[name]) if name in found else count == mask.numel()):
-                return None
+        kept = self._units(sub_net)
+        if kept is None:
+            return None
         cuts = []
-        for name, left in found.items():
+        for name, left in slices(self._groups.groups, kept).items():
             place = self._places[name]
             device = place.tensor.device
             cuts.append(Cut(name, place, tuple((dim, indices.to(device)) for dim, indices in left.dims)))
@@ -134,13 +130,22 @@ class SlicePlans:
             columns=tuple(self._columns(kept)),
         )
 
-    def _kept(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return which units are kept if the masks are of whole units: a single row tells."""
+    def _units(self, sub_net: str) -> dict[str, Tensor] | None:
+        """Return which units are kept; None where the masks are of something else than whole units."""
+        known = self._masks.units(sub_net)
+        if known is not None:
+            return {name: flags.cpu() for name, flags in known.items()}
+        masks = self._masks.of(sub_net)
         kept: dict[str, Tensor] = {}
         for group in self._groups.groups:
-            for axis in group.axes_of("in"):
+            for axis in group.axes_of("in"):  # if they are of whole units, a single row tells
                 units = axis.flags(_line(masks[axis.tensor], axis.dim)).cpu()
                 kept[group.name] = kept[group.name] | units if group.name in kept else units
+        found = slices(self._groups.groups, kept)
+        for name, mask in masks.items():
+            count = self._masks.kept(sub_net, name)
+            if not (_is_of(mask, count, found[name]) if name in found else count == mask.numel()):
+                return None
         return kept
 
     def _columns(self, kept: dict[str, Tensor]) -> list[Dropped]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ast_plugin.errors import ConfigError, StateError
 from ast_plugin.methods import Method, chance
 from ast_plugin.patterns import nearest_count
-from ast_plugin.samplers import Masks, Sampler, SamplerInputs
+from ast_plugin.samplers import Sample, Sampler, SamplerInputs
 from ast_plugin.vr_pge import Probabilities, cosine_rate, draw, gradient, largest
 
 NAME = "vr-pge"
@@ -87,9 +87,9 @@ class ChannelSampler:
         """Whether the masks change no more."""
         return self._final is not None
 
-    def samples(self, step: int) -> Sequence[Masks]:
+    def samples(self, step: int) -> Sequence[Sample]:
         """Return the masks to try at `step`: drawn ones, then candidates with the exact budget, then none."""
-        return [] if self.is_final else [self._masks(kept) for kept in self._drawn(step)]
+        return [] if self.is_final else [self._sample(kept) for kept in self._drawn(step)]
 
     def learn(self, step: int, losses: Tensor | None) -> None:
         """Move the probabilities by the losses of the step's masks, or fix the best of the candidates."""
@@ -108,13 +108,13 @@ class ChannelSampler:
         if self._final is None:
             self._final = self._most_probable()
 
-    def masks(self) -> Masks:
+    def final(self) -> Sample:
         """Return the final masks.
 
         Raises:
             StateError: If they are not final.
         """
-        return self._masks(self._chosen())
+        return self._sample(self._chosen())
 
     def achieved(self) -> float:
         """Return the share of all units that the final masks drop."""
@@ -173,8 +173,9 @@ class ChannelSampler:
         parts = units.split(self._sizes)
         return {group.name: part for group, part in zip(self._groups.groups, parts, strict=True)}
 
-    def _masks(self, kept: Tensor) -> Masks:
-        return self._groups.masks(self._by_group(kept), self._inputs.shapes)
+    def _sample(self, kept: Tensor) -> Sample:
+        units = self._by_group(kept)
+        return Sample(masks=self._groups.masks(units, self._inputs.shapes), units=units)
 
 
 def vr_pge(options: VRPGEOptions | None = None) -> Method:
