@@ -92,6 +92,19 @@ def of_one_example(call: Call) -> Call:
     return Call(*_mapped((call.args, call.kwargs), lambda tensor: tensor[:1]))
 
 
+def with_values(call: Call) -> Call:
+    """Return the call with random numbers in place of constants: images or vectors of zeros or ones hide much."""
+    generator = torch.Generator().manual_seed(0)
+
+    def filled(tensor: Tensor) -> Tensor:
+        if tensor.ndim < 2 or not tensor.is_floating_point() or not bool((tensor == tensor.flatten()[:1]).all()):
+            return tensor
+        return torch.randn(tensor.shape, generator=generator)
+
+    kwargs = {name: value if "mask" in name else _mapped(value, filled) for name, value in call.kwargs.items()}
+    return Call(_mapped(call.args, filled), kwargs)
+
+
 def tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested containers, model outputs of Hugging Face too, in order."""
     if isinstance(value, Tensor):

@@ -147,8 +147,10 @@ class _Layout:
                 for number in (getattr(self._modules[path], name, 0) for name in ("groups", "num_groups"))
                 if type(number) is int and number > 0
             ]
-            widths = [*self._rows.values(), *self._columns.values()]
-            units = math.gcd(*widths, *blocks)
+            widths = {*self._rows.values(), *self._columns.values()}
+            units = math.gcd(min(widths), *blocks)
+            if any(width % units for width in widths):
+                raise Obstacle(f"widths {', '.join(map(str, sorted(widths)))} are no multiples of one another")
         if units < 2:
             raise Obstacle("nothing in it can be dropped by itself")
         return units

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ast_plugin.channel_search_copy import Call, first_line, tensors
 from ast_plugin.channels import ChannelGroup, ChannelGroups, attribute_values, slices
 
-_CLOSE = 1e-2  # of the change that dropping makes: wrong slices differ by about as much as it, rounding by 1e-4 of it
+_CLOSE = 1e-3  # of the change that dropping makes: wrong slices differ by about as much as it, rounding by 1e-4 of it
 _VISIBLE = 1e-6  # of the outputs: below that, a change cannot be told from rounding
 
 DIFFERENT = "the sliced network computes something else than the masked one"
@@ -34,16 +34,18 @@ class Proof:
         model: A copy in eval mode, on the CPU, in float32.
         call: What it is run with.
         prunable: Names of the weights that are masked.
-        randomise: Whether to take random values for norms, biases and the scale of weights.
+        seed: Of the random values for norms, biases and the scale of weights; None: the model's own.
     """
 
-    def __init__(self, model: nn.Module, call: Call, prunable: Collection[str], *, randomise: bool = True) -> None:
+    def __init__(self, model: nn.Module, call: Call, prunable: Collection[str], *, seed: int | None = 0) -> None:
         self._model = model
         self._call = call
         self._held: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self._shapes = {name: self._held[name].shape for name in prunable if name in self._held}
-        if randomise:
-            _randomise(model)
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            _randomise(model, generator)
+            _calibrate(model, call, generator)
         with torch.enable_grad():
             torch.manual_seed(0)
             self._whole = self._outputs(call.of(model))
@@ -160,9 +162,8 @@ def _largest(tensor: Tensor) -> float:
 
 
 @torch.no_grad()
-def _randomise(model: nn.Module) -> None:
-    """Give norms, biases and running statistics random values, and all weights a size at which they matter."""
-    generator = torch.Generator().manual_seed(0)
+def _randomise(model: nn.Module, generator: torch.Generator) -> None:
+    """Give norms and biases random values, and all weights a size at which they matter."""
 
     def noise(tensor: Tensor) -> Tensor:
         return torch.randn(tensor.shape, generator=generator)
@@ -172,8 +173,14 @@ def _randomise(model: nn.Module) -> None:
             if not parameter.is_floating_point() or not parameter.numel():
                 continue
             if parameter.ndim < 2:
+<<<<<<< HEAD
                 start = parameter if parameter.ndim == 0 else torch.full_like(parameter, float("bias" not in name))
                 parameter.copy_(start + 0.2 * noise(parameter))
+=======
+                if parameter.ndim:
+                    parameter.fill_(float("bias" not in name))
+                parameter.add_(0.3 * noise(parameter))
+>>>>>>> search
                 continue
             layer = name == "weight" and not isinstance(module, nn.Embedding)
             spread = 1 / math.sqrt(parameter[0].numel()) if layer else 0.5
@@ -184,8 +191,29 @@ def _randomise(model: nn.Module) -> None:
                 parameter.copy_(spread * noise(parameter))
             if not layer:
                 parameter.add_(middle)
-        for name, buffer in module.named_buffers(recurse=False):
-            if name == "running_mean":
-                buffer.copy_(0.1 * noise(buffer))
-            elif name == "running_var":
-                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
+
+
+@torch.no_grad()
+def _calibrate(model: nn.Module, call: Call, generator: torch.Generator) -> None:
+    """Set the running statistics of norms near those of what they read, so that signals neither fade nor grow."""
+
+    def near(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        mean, variance = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
+        if mean is None or variance is None or args[0].shape[1] != len(mean):
+            return
+        values = args[0].transpose(0, 1).flatten(1)
+        overall = values.var(correction=0).clamp(min=1e-3)
+        own = values.var(1, correction=0) + 0.25 * overall if values.shape[1] > 1 else overall
+        mean.copy_(values.mean(1) + 0.2 * overall.sqrt() * torch.randn(mean.shape, generator=generator))
+        variance.copy_(own * (0.5 + torch.rand(mean.shape, generator=generator)))
+
+    hooks = [
+        module.register_forward_pre_hook(near)
+        for module in model.modules()
+        if module._buffers.get("running_mean") is not None and module._buffers.get("running_var") is not None
+    ]
+    try:
+        call.of(model)
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -25,6 +25,7 @@ _OPAQUE = (nn.MultiheadAttention, nn.RNNBase)
 _ADDITIONS = ("Add", "Sub", "Lerp", "Addcmul")  # AddmmBackward and its kin are told apart below
 _CONCATENATIONS = ("Cat", "Stack")
 _PRODUCTS = ("ScaledDotProduct", "Bmm")
+_MATRICES = (*_PRODUCTS, "Mm", "Addmm")
 _SOFTMAX = ("Softmax", "SafeSoftmax")
 _FUNCTIONS = frozenset((functional.linear, functional.conv1d, functional.conv2d, functional.conv3d))
 _SPLITTING = ("Split", "Slice", "Unbind", "Glu", "Select", "Unsafe_split")
@@ -273,7 +274,7 @@ class _Spaces:
             node = waiting.pop()
             if _named(node.grad_fn, _SOFTMAX):
                 return True
-            if node not in seen and node.module not in self._watch.paths and not _named(node.grad_fn, _PRODUCTS):
+            if node not in seen and node.module not in self._watch.paths and not _named(node.grad_fn, _MATRICES):
                 waiting.extend(node.outputs)
             seen.add(node)
         return False
