@@ -173,14 +173,9 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
             if not parameter.is_floating_point() or not parameter.numel():
                 continue
             if parameter.ndim < 2:
-<<<<<<< HEAD
-                start = parameter if parameter.ndim == 0 else torch.full_like(parameter, float("bias" not in name))
-                parameter.copy_(start + 0.2 * noise(parameter))
-=======
                 if parameter.ndim:
                     parameter.fill_(float("bias" not in name))
                 parameter.add_(0.3 * noise(parameter))
->>>>>>> search
                 continue
             layer = name == "weight" and not isinstance(module, nn.Embedding)
             spread = 1 / math.sqrt(parameter[0].numel()) if layer else 0.5

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from channel_networks import residual_groups, residual_net, token_groups, token_net
 from networks import image_batch, sgd, train
+from residual_networks import residual_groups, residual_net, token_groups, token_net
 from torch import nn
 
 import ast_plugin

@@ -7,7 +7,7 @@ import random
 import numpy
 import pytest
 import torch
-from channel_networks import (
+from searched_networks import (
     IMAGES,
     TOKENS,
     Attention,
