@@ -65,7 +65,7 @@ class SlicedActivation(MaskedActivation):
         self._channels = frozenset(channels)
         self._route = route
         self._gradients = gradients
-        self._compiling = False
+        self._way: Route = route(False)
         self._small: Small | None = None
         self._issued: weakref.WeakSet[Small] = weakref.WeakSet()
         self._shadowed: list[tuple[dict[str, Any], str, Tensor]] = []
@@ -92,11 +92,11 @@ class SlicedActivation(MaskedActivation):
         Args:
             compiling: Whether the forward that comes is compiled or traced.
         """
-        self._compiling = compiling
+        self._way = self._route(compiling)
         plan = None if self._worn is None or self._form == Form.PROBE else self._plan(self._worn)
         if plan is None or self._worn is None:
             return
-        if self._route(compiling) == "off":
+        if self._way == "off":
             if self._shadowed:
                 self.show()
         elif not self._shadowed or self._small is None or not self._small.is_current():
@@ -140,17 +140,16 @@ class SlicedActivation(MaskedActivation):
         plan = self._plan(sub_net)
         if plan is not None and form == Form.PROBE:
             self._zero_columns(plan)
-        elif plan is None or form == Form.SHOW or self._route(self._compiling) == "off":
+        elif plan is None or form == Form.SHOW or self._way == "off":
             super()._cover(sub_net, form)
 
     def _stand_in(self, sub_net: str, form: Form, small: Small | None) -> None:
         plan = None if form == Form.PROBE else self._plan(sub_net)
-        way = self._route(self._compiling)
-        if plan is None or way == "off":
+        if plan is None or self._way == "off":
             return
         revision = self._store.revision(sub_net)
         if small is None or small.revision != revision:
-            small = Small(sub_net, revision, plan.parameters, gathered=way == "gather")
+            small = Small(sub_net, revision, plan.parameters, gathered=self._way == "gather")
         self._small = small
         self._issued.add(small)
         self._buffers = [(cut, take(cut.place.tensor, cut.dims)) for cut in plan.buffers]

@@ -26,6 +26,8 @@ def take(whole: Tensor, cuts: Cuts) -> Tensor:
         whole: Any dtype and memory layout.
         cuts: Dimension and kept indices along it, int64 and ascending, at least one pair.
     """
+    if whole.dim() == 1:  # most tensors are: norms and biases
+        return whole.detach().index_select(0, cuts[0][1])
     order = _memory_order(whole)
     part = whole.detach().permute(order)
     *others, last = _placed(cuts, order)
@@ -48,6 +50,10 @@ def spread(part: Tensor, cuts: Cuts, like: Tensor, into: Tensor | None = None) -
         like: Shape and memory format of the result, which has the dtype and device of `part`.
         into: Added to in place and returned where it is given; otherwise everything outside the places is zero.
     """
+    if like.dim() == 1:
+        whole = torch.zeros_like(like, dtype=part.dtype, requires_grad=False) if into is None else into
+        whole.detach().index_add_(0, cuts[0][1], part.detach())
+        return whole
     order = _memory_order(like)
     filled = part.detach().permute(order).contiguous()
     whole = torch.zeros_like(like, dtype=part.dtype, requires_grad=False) if into is None else into.detach()

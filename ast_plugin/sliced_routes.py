@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -47,28 +47,22 @@ def route_for(slicing: Slicing, called: nn.Module, compiling: bool = False, *, s
 def _no_slices(called: nn.Module, *, compiling: bool, sharded: bool) -> str | None:
     if sharded:
         return "cannot cut weights of which every rank holds a part"
-    if compiling or is_compiled(called):
-        return (
-            "cannot be used in compiled or traced code, which does not notice that smaller weights stand in for the "
-            "model's own"
-        )
     for module in called.modules():
+        if compiling or _is_compiled(module):
+            return (
+                "cannot be used in compiled or traced code, which does not notice that smaller weights stand in for "
+                "the model's own"
+            )
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
             return "cannot be used with DataParallel over several devices, which copies the weights of full size"
     return None
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Return whether a module or a part of it runs as compiled code."""
-    for module in model.modules():
-        if module._compiled_call_impl is not None or hasattr(type(module), "_torchdynamo_orig_callable"):
-            return True
-        if type(module).__name__ == "OptimizedModule":
-            return True
-        forward: Any = module.__dict__.get("forward")
-        if forward is not None and hasattr(forward, "_torchdynamo_orig_callable"):
-            return True
-    return False
+def _is_compiled(module: nn.Module) -> bool:
+    held = module.__dict__
+    if held.get("_compiled_call_impl") is not None or "_orig_mod" in module._modules:
+        return True
+    return "forward" in held and hasattr(held["forward"], "_torchdynamo_orig_callable")
 
 
 def is_tracing() -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 
 import ast_plugin
 from ast_plugin.errors import ActivationError
-from ast_plugin.sliced_routes import is_compiled, route_for
+from ast_plugin.sliced_routes import route_for
 
 
 def with_compiled_forward() -> nn.Module:
@@ -49,13 +49,11 @@ def test_one_process_takes_leaves_and_several_gather() -> None:
 @pytest.mark.parametrize("how", sorted(COMPILED))
 def test_compiled_models_are_masked(how: str) -> None:
     model = COMPILED[how]()
-    assert is_compiled(model)
     assert route_for("auto", model) == "off"
     for slicing in ("leaves", "gather"):
         with pytest.raises(ActivationError, match=f'slicing="{slicing}" cannot be used in compiled or traced code'):
             route_for(slicing, model)  # type: ignore[arg-type]
     assert route_for("off", model) == "off"
-    assert not is_compiled(mlp())
 
 
 @pytest.mark.parametrize("slicing", ["leaves", "gather"])
