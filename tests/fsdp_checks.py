@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from channel_networks import mlp_groups
 from checkpoints import App
 from global_batches import CLIP, OPTIONS, STEPS, Batch, clipped_step, close, mine, same_masks, single, whole
 from networks import adamw, assert_same, conv_net, image_batch, mlp, sgd, vector_batch, wrapped
@@ -113,6 +114,20 @@ def two_ranks_equal_one_process(folder: Path) -> Iterator[None]:
         same_masks(ast, expected[label][1])
         close(model, expected[label][0])
         assert ast.statistics()["conflicts"] == expected[label][1].statistics()["conflicts"], label
+
+
+def channel_sub_nets_are_masked(folder: Path) -> Iterator[None]:
+    options = {"pattern": "channel", "groups": mlp_groups(), "method": "gmp", "sparsities": (0.25, 0.5, 0.75)}
+    expected, expected_ast = single(mlp, vector_batch, slicing="leaves", **options)
+    assert expected_ast.statistics()["conflicts"] > 0
+    yield
+    model, optimizer, ast = start(mlp, **options)
+    train(model, optimizer, range(STEPS), vector_batch)
+    same_masks(ast, expected_ast)
+    close(model, expected)
+    for slicing in ("leaves", "gather"):
+        with pytest.raises(ast_plugin.ActivationError, match="every rank holds a part"):
+            start(mlp, slicing=slicing, **options)
 
 
 def a_mesh_of_replicas_and_shards(folder: Path) -> Iterator[None]:
@@ -440,6 +455,7 @@ CHECKS = {
     check.__name__: check
     for check in (
         two_ranks_equal_one_process,
+        channel_sub_nets_are_masked,
         a_mesh_of_replicas_and_shards,
         every_rank_holds_its_part_of_the_masks,
         batch_norm_equals_two_micro_batches,
