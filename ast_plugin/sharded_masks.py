@@ -38,6 +38,7 @@ class ShardedMasks(MaskStore):
         self._layouts = {name: layout_of(name, parameter) for name, parameter in parameters.items()}
         self._counts = {s: {name: math.prod(shape) for name, shape in self.shapes.items()} for s in self.sub_nets}
         self._decided: dict[str, dict[str, str]] = {sub_net: {} for sub_net in self.sub_nets}
+        self._units = {}
 
     def get(self, sub_net: str, parameter: str) -> Tensor:
         """Return the mask: bool, of the parameter's shape, lying on the ranks as the parameter does."""
@@ -86,6 +87,10 @@ class ShardedMasks(MaskStore):
     def of(self, sub_net: str) -> dict[str, Tensor]:
         """Return all masks of a sub-net by parameter name, lying on the ranks as the parameters do."""
         return {name: self.get(sub_net, name) for name in self.parameters}
+
+    def revision(self, sub_net: str) -> int:
+        """Return a number that rises whenever a mask of `sub_net` changes, on all ranks alike."""
+        return self.local.revision(sub_net)
 
     def kept(self, sub_net: str, parameter: str | None = None) -> int:
         """Return how many weights a sub-net keeps on all ranks together, of one parameter or of all."""
