@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ast_plugin.channels import ChannelGroup, ChannelGroups, GroupAxis, Slice, attribute_values, slices
 from ast_plugin.errors import ConfigError, ElasticFileError
+from ast_plugin.slots import plain_name
 
 # What modules call the sizes of a weight, by the role of its dimension: torch's layers, and Hugging Face's Conv1D.
 _NUMBERS = {"out": ("out_features", "out_channels", "nf"), "in": ("in_features", "in_channels", "nx")}
@@ -119,7 +120,7 @@ def slice_model(model: nn.Module, groups: ChannelGroups, kept: Mapping[str, Tens
         ElasticFileError: If the model has no such tensors or numbers, or ties them; it is unchanged then.
         StateError: If the units do not fill a tensor; it is unchanged then.
     """
-    modules = dict(model.named_modules())
+    modules = {plain_name(path): module for path, module in model.named_modules()}  # of compiled parts the inner one
     cuts = slices(groups.groups, kept)
     places = _places(modules)
     _check(groups.groups, cuts, modules, places)

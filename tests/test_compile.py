@@ -201,7 +201,7 @@ def test_a_pattern_of_blocks_chooses_the_blocks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("layout", "block"), [("csr", 1), ("bsr", 8), ("bsr", 4)])
-@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 5), (2, 3, 4)])
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 5), (2, 3, 4), (64,), (3, 25)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_a_layer_multiplies_inputs_of_any_rank(

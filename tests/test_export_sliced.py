@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import json
@@ -167,13 +168,13 @@ def _with_folder(path: Path) -> Path:
 def test_a_training_knows_which_sub_nets_it_trained(tmp_path: Path) -> None:
     model = network().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    ast = ast_plugin.wrap(optimizer, model, sparsities=(0.5, 0.8), total_steps=12)
+    training = ast_plugin.wrap(optimizer, model, sparsities=(0.5, 0.8), total_steps=12)
     model(torch.randn(4, 3, 6, 6)).sum().backward()
     optimizer.step()
-    first, second = ast.sub_nets
-    export_state_dict(ast, first, tmp_path / "first.pt")
+    first, second = training.sub_nets
+    export_state_dict(training, first, tmp_path / "first.pt")
     with pytest.raises(ConfigError, match=f"'{second}' was never trained"):
-        export_state_dict(ast, second, tmp_path / "second.pt")
+        export_state_dict(training, second, tmp_path / "second.pt")
 
 
 # ------------------------------------------------------------------------------------------------ graphs
@@ -274,6 +275,14 @@ with torch.no_grad():
 assert not any(module.partition(".")[0] == "ast_plugin" for module in sys.modules)
 print("equal", sum(parameter.numel() for parameter in model.parameters()))
 """
+
+
+def test_the_lines_of_the_page_are_those_of_the_package() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "compile.md").read_text(encoding="utf-8")
+    shown = page[page.index("def shrink(") : page.index("with open(")]
+    here, there = (ast.parse(source).body[0] for source in (inspect.getsource(shrink), shown))
+    assert ast.unparse(here.body[1:]) == ast.unparse(there.body)  # without the docstring
+    assert ast.unparse(here.args) == ast.unparse(there.args)
 
 
 @pytest.mark.slow

@@ -137,6 +137,18 @@ def test_types_order_and_gradients_stay_as_they_are() -> None:
     assert model.fc2.weight.is_leaf
 
 
+@torch.no_grad()
+def test_parts_may_be_compiled() -> None:
+    model, kept = masked(hybrid(), 0.5)
+    expected = model(pictures())
+    model.block = torch.compile(model.block, backend="eager")
+    model(pictures())
+    slice_model(model, HYBRID_GROUPS, kept)
+    assert model.block.depth.groups == 12
+    torch.testing.assert_close(model(pictures()), expected, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+
+
 def changed(**changes: object) -> ChannelGroups:
     """Return the last group, of the feed-forward network, with something changed."""
     return ChannelGroups(groups=(dataclasses.replace(HYBRID_GROUPS.groups[2], **changes),))
