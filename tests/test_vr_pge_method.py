@@ -11,6 +11,7 @@ import pytest
 import torch
 import vr_pge_runs as runs
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import ast_plugin
 from ast_plugin.errors import ActivationError, ConfigError, StateError
@@ -393,3 +394,42 @@ def broken() -> Tensor:
 def test_settings_outside_their_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         VRPGEOptions(**options)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own doing
+def test_a_compiled_model_learns_what_the_plain_one_learns() -> None:
+    found = []
+    counter = CompileCounterWithBackend("aot_eager")
+    for compiled in (False, True):
+        model = networks.conv_net()
+        called: Any = torch.compile(model, backend=counter) if compiled else model
+        _, optimizer, ast = runs.wrapped(called, networks.sgd(model), slicing="auto")
+        for step in range(6):
+            runs.closure_step(called, optimizer, step)
+        found.append(probabilities(ast))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
+    assert counter.frame_count == 2  # with gradients and without
+
+
+def test_autocast_is_the_same_in_all_passes() -> None:
+    model, optimizer, ast = runs.wrapped(sparsities=(0.0,))
+    dtypes: list[torch.dtype] = []
+    losses: list[float] = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            images, labels = networks.image_batch(0)
+            outputs = model(images)
+        dtypes.append(outputs.dtype)
+        loss = nn.functional.cross_entropy(outputs.float(), labels)
+        losses.append(loss.item())
+        loss.backward()
+        return loss
+
+    model.train()
+    optimizer.step(closure)
+    assert dtypes == [torch.bfloat16] * 3
+    assert len(set(losses)) == 1
+    assert ast.step == 1
