@@ -264,6 +264,18 @@ def test_the_state_is_plain_and_one_of_another_method_is_refused(tmp_path: Any) 
         fresh.load_state_dict(other.state_dict())
 
 
+def test_a_file_of_masks_that_are_still_drawn_comes_with_a_warning(tmp_path: Any) -> None:
+    model, optimizer, ast = runs.wrapped(sparsities=(0.0,))
+    runs.closure_step(model, optimizer, 0)
+    assert not ast.is_near_target("s0")
+    with pytest.warns(UserWarning, match="which the masks reach at step 20"):
+        ast.save(tmp_path / "early.safetensors")
+    for step in range(1, 21):
+        runs.closure_step(model, optimizer, step)
+    assert ast.is_near_target("s0")
+    ast.save(tmp_path / "final.safetensors")
+
+
 def test_a_run_that_ends_before_the_choice_keeps_the_most_probable_units() -> None:
     model, optimizer, ast = runs.wrapped(end_step=12, method=vr_pge(VRPGEOptions(rate=0.2)))
     for step in range(12):
