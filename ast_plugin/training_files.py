@@ -105,7 +105,7 @@ class SavedRun(abc.ABC):
         )
 
     def is_near_target(self, sub_net: str) -> bool:
-        """Return whether a sub-net is as sparse as it is to become, to a hundredth.
+        """Return whether a sub-net is as sparse as it is to become, to a hundredth, by masks that are not drawn anew.
 
         Args:
             sub_net: Its name.
@@ -115,7 +115,7 @@ class SavedRun(abc.ABC):
         """
         check_sub_net(sub_net, self._parts.names)
         target = self._parts.updater.plans[sub_net].target_sparsity
-        return abs(target - self._parts.updater.achieved(sub_net)) <= _FAR_FROM_TARGET
+        return self._parts.sampled.is_final and abs(target - self._parts.updater.achieved(sub_net)) <= _FAR_FROM_TARGET
 
     def save(self, path: str | Path, *, report: Mapping[str, Any] | None = None, twin: Twin | None = None) -> None:
         """Write all sub-nets into one elastic file, readable by `ast_plugin.load` and by any safetensors reader.

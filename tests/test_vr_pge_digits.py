@@ -1,4 +1,4 @@
-"""VR-PGE on real data: probabilities go to 0 and 1 on handwritten digits, and channels that are of no use are dropped."""
+"""VR-PGE on real data: probabilities go to 0 and 1 on handwritten digits, and channels of no use are dropped."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import vr_pge_runs as runs
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import ast_plugin
 from ast_plugin.errors import ActivationError, ConfigError, StateError
@@ -263,6 +264,18 @@ def test_the_state_is_plain_and_one_of_another_method_is_refused(tmp_path: Any) 
         fresh.load_state_dict(other.state_dict())
 
 
+def test_a_file_of_masks_that_are_still_drawn_comes_with_a_warning(tmp_path: Any) -> None:
+    model, optimizer, ast = runs.wrapped(sparsities=(0.0,))
+    runs.closure_step(model, optimizer, 0)
+    assert not ast.is_near_target("s0")
+    with pytest.warns(UserWarning, match="which the masks reach at step 20"):
+        ast.save(tmp_path / "early.safetensors")
+    for step in range(1, 21):
+        runs.closure_step(model, optimizer, step)
+    assert ast.is_near_target("s0")
+    ast.save(tmp_path / "final.safetensors")
+
+
 def test_a_run_that_ends_before_the_choice_keeps_the_most_probable_units() -> None:
     model, optimizer, ast = runs.wrapped(end_step=12, method=vr_pge(VRPGEOptions(rate=0.2)))
     for step in range(12):
@@ -393,3 +406,42 @@ def broken() -> Tensor:
 def test_settings_outside_their_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         VRPGEOptions(**options)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own doing
+def test_a_compiled_model_learns_what_the_plain_one_learns() -> None:
+    found = []
+    counter = CompileCounterWithBackend("aot_eager")
+    for compiled in (False, True):
+        model = networks.conv_net()
+        called: Any = torch.compile(model, backend=counter) if compiled else model
+        _, optimizer, ast = runs.wrapped(called, networks.sgd(model), slicing="auto")
+        for step in range(6):
+            runs.closure_step(called, optimizer, step)
+        found.append(probabilities(ast))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
+    assert counter.frame_count == 2  # with gradients and without
+
+
+def test_autocast_is_the_same_in_all_passes() -> None:
+    model, optimizer, ast = runs.wrapped(sparsities=(0.0,))
+    dtypes: list[torch.dtype] = []
+    losses: list[float] = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            images, labels = networks.image_batch(0)
+            outputs = model(images)
+        dtypes.append(outputs.dtype)
+        loss = nn.functional.cross_entropy(outputs.float(), labels)
+        losses.append(loss.item())
+        loss.backward()
+        return loss
+
+    model.train()
+    optimizer.step(closure)
+    assert dtypes == [torch.bfloat16] * 3
+    assert len(set(losses)) == 1
+    assert ast.step == 1
