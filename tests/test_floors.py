@@ -106,6 +106,7 @@ FLOORS = {
 }
 # A concept that grew past one file is split as report.py, report_html.py, ...: the parts stand on the same floor.
 SPLIT_CONCEPTS = (
+    "attachment",
     "channel_search",
     "cli",
     "compile",
