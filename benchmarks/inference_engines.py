@@ -129,8 +129,9 @@ def measure(contenders: Sequence[Contender], *, rounds: int, warmup: int = 2) ->
         warmup: Runs of each before those.
 
     Returns:
-        For each, engine by engine: ``engine``, ``name``, ``ms``, and ``factor``, the median over the rounds of the time of the engine's
-        fastest dense contender by its own, with the quartiles ``low`` and ``high``; ``at_least`` if it has one.
+        For each, engine by engine: ``engine``, ``name``, ``ms``, and ``factor``, the median over the rounds of the time
+        of the engine's fastest dense contender by its own, with the quartiles ``low`` and ``high``; ``at_least``, None
+        where nothing is wanted.
     """
     times: dict[int, list[float]] = {index: [] for index in range(len(contenders))}
     gc.collect()
