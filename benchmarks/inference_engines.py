@@ -129,8 +129,9 @@ def measure(contenders: Sequence[Contender], *, rounds: int, warmup: int = 2) ->
         warmup: Runs of each before those.
 
     Returns:
-        For each: ``engine``, ``name``, ``ms``, and ``factor``, the median over the rounds of the time of the engine's
-        fastest dense contender by its own, with the quartiles ``low`` and ``high``; ``at_least`` if it has one.
+        For each, engine by engine: ``engine``, ``name``, ``ms``, and ``factor``, the median over the rounds of the time
+        of the engine's fastest dense contender by its own, with the quartiles ``low`` and ``high``; ``at_least``, None
+        where nothing is wanted.
     """
     times: dict[int, list[float]] = {index: [] for index in range(len(contenders))}
     gc.collect()
@@ -147,7 +148,7 @@ def measure(contenders: Sequence[Contender], *, rounds: int, warmup: int = 2) ->
             (index for index, other in enumerate(contenders) if other.engine == engine and other.dense),
             key=lambda index: statistics.median(times[index]),
         )
-        for engine in {contender.engine for contender in contenders}
+        for engine in dict.fromkeys(contender.engine for contender in contenders)
     }
     rows = []
     for index, contender in enumerate(contenders):
@@ -164,4 +165,5 @@ def measure(contenders: Sequence[Contender], *, rounds: int, warmup: int = 2) ->
                 "at_least": contender.at_least,
             }
         )
-    return rows
+    engines = list(best)
+    return sorted(rows, key=lambda row: engines.index(row["engine"]))

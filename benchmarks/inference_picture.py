@@ -48,7 +48,7 @@ def picture(results: dict[str, Any]) -> str:
             axes.axvline(1, color="#888888", linewidth=0.8)
             axes.set_xlim(0, 1.12 * max(row["factor"] for row in rows))
             axes.spines[["top", "right"]].set_visible(False)
-        all_axes[-1].set_xlabel("times faster than the engine's best dense network; black marks: wanted")
+        all_axes[-1].set_xlabel("times faster than the engine's best dense; marks: wanted", loc="right")
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"

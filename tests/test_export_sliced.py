@@ -177,6 +177,33 @@ def test_a_training_knows_which_sub_nets_it_trained(tmp_path: Path) -> None:
         export_state_dict(training, second, tmp_path / "second.pt")
 
 
+def test_a_training_its_file_and_a_loaded_model_give_the_same_small_network(tmp_path: Path) -> None:
+    model = hybrid().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    training = ast_plugin.wrap(
+        optimizer, model, sparsities=(0.5, 0.75), total_steps=8, pattern="channel", groups=HYBRID_GROUPS
+    )
+    for _ in range(8):
+        optimizer.zero_grad()
+        model(pictures(4)).square().mean().backward()
+        optimizer.step()
+    path = tmp_path / "elastic.safetensors"
+    training.save(path)
+    model.eval()
+    for name in training.sub_nets:
+        with training.sub_net(name), torch.no_grad():
+            expected = model(pictures())
+        for number, source in enumerate((training, read_elastic(path), load(path, hybrid()))):
+            target = tmp_path / f"{name}-{number}.pt"
+            export_state_dict(source, name, target, form="sliced")
+            small = shrink(Hybrid(), json.loads(target.with_suffix(".json").read_bytes())).eval()
+            small.load_state_dict(torch.load(target, weights_only=True))
+            with torch.no_grad():
+                torch.testing.assert_close(small(pictures()), expected, rtol=1e-5, atol=1e-5)
+            kept = round(32 * (1 - training.sub_nets.index(name) * 0.25 - 0.5))
+            assert small.fc1.out_features == kept
+
+
 # ------------------------------------------------------------------------------------------------ graphs
 
 
