@@ -41,8 +41,8 @@ _JOINED = "activations of several layers are concatenated"
 def find_groups(model: nn.Module, example_inputs: Any, *, prunable: Collection[str] | None = None) -> ChannelGroups:
     """Return the groups of channels that can be dropped from a model, each of them proven by running it.
 
-    The model is copied to the CPU in float32, and stays as it is: parameters, buffers, gradients, mode, hooks, and the
-    states of the global random generators.
+    The model is copied to the CPU in float32 and stays as it is: parameters, buffers, gradients, mode, hooks, and the
+    states of the global random generators. It takes the memory of that copy and of one backward pass.
 
     Args:
         model: Any model that runs on the example inputs in eval mode.
@@ -202,7 +202,8 @@ class _Search:
         """Return a proof with the values under which the fewest groups are without effect, and which these are."""
         best: tuple[Proof, set[str]] | None = None
         for seed in (0, 1, 2, None):  # a hidden unit of ReLU may rest with some values, a deep network overflow
-            proof = Proof(search_copy(self._model), self._call, self._prunable, seed=seed)
+            twin = self._twin if seed is not None else search_copy(self._model)
+            proof = Proof(twin, self._call, self._prunable, seed=seed)
             if not proof.finite and seed is not None:
                 continue
             unseen = proof.unseen(groups)

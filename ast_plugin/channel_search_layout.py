@@ -113,15 +113,25 @@ class _Layout:
         if count < 1 or width % count or any(other not in (width, count) for other in self._columns.values()):
             raise Obstacle("attention whose heads cannot be told from its shapes")
         value = value or width // count
-        size = size or value
-        for rows in self._rows.values():
-            for fewer in range(1, count):
-                if count % fewer == 0 and rows in (fewer * size, fewer * value, count * size + fewer * (size + value)):
+        size = size or self._size_of_queries(count, value)
+        usual = [{2 * size + value}, {size, value, size + value, 2 * size}, {size, value}][min(len(self._rows), 3) - 1]
+        if any(rows not in {count, *(count * each for each in usual)} for rows in self._rows.values()):
+            for fewer in (fewer for fewer in range(1, count) if count % fewer == 0):
+                fused = count * size + fewer * (size + value)
+                if any(rows in (fewer * size, fewer * value, fused) for rows in self._rows.values()):
                     shared = min(shared, fewer)
-                    break
         if shared == 1 and count > 1:
             raise Obstacle("all of its heads share one key and value")
         return Heads(count, shared, size, value)
+
+    def _size_of_queries(self, count: int, value: int) -> int:
+        """Return the size of one head's query, where operations do not tell: from the rows that make queries."""
+        rows = next(iter(self._rows.values()))
+        per_head, rest = divmod(rows, count)
+        if len(self._rows) == 1:
+            per_head, odd = divmod(per_head - value, 2)
+            rest += odd
+        return per_head if per_head > 0 and not rest else value
 
     def _shapes_of_attention(self) -> tuple[int, int, int, int]:
         """Return heads, size of queries and of values (0: unknown), heads of keys, as the operations' tensors say."""

@@ -83,6 +83,24 @@ class GroupedQueries(nn.Module):
         return self.o_proj(x.transpose(1, 2).flatten(2))
 
 
+class FusedKeys(nn.Module):
+    """Attention with queries from one layer, keys and values from another, and softmax written out."""
+
+    def __init__(self, dim: int = 8, heads: int = 2, size: int = 3, value: int = 6) -> None:
+        super().__init__()
+        self.heads, self.size = heads, size
+        self.query = nn.Linear(dim, heads * size)
+        self.pair = nn.Linear(dim, heads * (size + value))
+        self.out = nn.Linear(heads * value, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        q = self.query(x).view(batch, tokens, self.heads, -1).transpose(1, 2)
+        k, v = self.pair(x).split((self.heads * self.size, self.pair.weight.shape[0] - self.heads * self.size), -1)
+        k, v = (part.reshape(batch, tokens, self.heads, -1).transpose(1, 2) for part in (k, v))
+        return self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
 class Gated(nn.Module):
     """Two producers multiplied, or one weight in two parts, as in SwiGLU."""
 

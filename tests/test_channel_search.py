@@ -13,6 +13,7 @@ from searched_networks import (
     Attention,
     Conv1D,
     FeedForward,
+    FusedKeys,
     Gated,
     GroupedQueries,
     Residual,
@@ -132,6 +133,17 @@ def test_separate_queries_keys_and_values():
     (group,) = found(Stream(GroupedQueries(kv_heads=4), dim=16), TOKENS)[0].values()
     assert group.units == 4
     assert {parts for _, _, parts in axes(group).values()} == {((0, 6),)}
+
+
+def test_keys_and_values_in_one_weight_and_of_different_sizes():
+    (group,) = found(Stream(FusedKeys(), dim=8), TOKENS)[0].values()
+    # Two heads: queries and keys of three rows, values of six.
+    assert group.units == 2
+    assert {name: parts for name, (_, _, parts) in axes(group).items() if name.endswith("weight")} == {
+        "blocks.0.query.weight": ((0, 3),),
+        "blocks.0.pair.weight": ((0, 3), (6, 6)),
+        "blocks.0.out.weight": ((0, 6),),
+    }
 
 
 def test_two_gated_producers():
@@ -302,7 +314,7 @@ class Detached(nn.Module):
 
 
 def test_a_model_without_differentiable_outputs_is_refused():
-    with pytest.raises(ConfigError, match="Detached returns no tensor that depends on its weights.*groups="):
+    with pytest.raises(ConfigError, match=r"Detached returns no tensor that depends on its weights.*groups="):
         find_groups(Detached(), TOKENS)
 
 

@@ -73,7 +73,7 @@ def test_the_first_example_is_enough_where_all_inputs_have_as_many():
 
 @pytest.mark.parametrize("wrong", [None, 3, "x", (), {}, (1, 2), {1: torch.ones(1)}])
 def test_what_is_no_input_is_refused(wrong):
-    with pytest.raises(ConfigError, match="example_inputs .*pass a tensor, a tuple of positional arguments or a dict"):
+    with pytest.raises(ConfigError, match=r"example_inputs .*pass a tensor, a tuple of positional arguments or a dict"):
         find_groups(mlp(), wrong)
 
 
@@ -86,5 +86,5 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
 def test_a_model_that_cannot_be_copied_is_named():
     model = mlp()
     model.generator = (number for number in range(3))
-    with pytest.raises(ConfigError, match="Sequential cannot be copied.*pass groups="):
+    with pytest.raises(ConfigError, match=r"Sequential cannot be copied.*pass groups="):
         find_groups(model, torch.ones(1, 12))
