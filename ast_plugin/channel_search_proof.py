@@ -42,13 +42,16 @@ class Proof:
         self._call = call
         self._held: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self._shapes = {name: self._held[name].shape for name in prunable if name in self._held}
-        if seed is not None:
-            generator = torch.Generator().manual_seed(seed)
-            _randomise(model, generator)
-            _calibrate(model, call, generator)
         with torch.enable_grad():
-            torch.manual_seed(0)
-            self._whole = self._outputs(call.of(model))
+            if seed is None:
+                self._whole = self._run_tracked()
+            else:
+                generator = torch.Generator().manual_seed(seed)
+                _randomise(model, generator)
+                with _calibrated(model, generator) as runs:
+                    self._whole = self._run_tracked()
+                if any(count > 1 for count in runs.values()):  # the first of them ran with other statistics
+                    self._whole = self._run_tracked()
 
     @property
     def finite(self) -> bool:
@@ -131,6 +134,10 @@ class Proof:
             )
         return self._outputs(output)
 
+    def _run_tracked(self) -> list[Tensor]:
+        torch.manual_seed(0)
+        return self._outputs(self._call.of(self._model))
+
     def _outputs(self, output: Any) -> list[Tensor]:
         return [tensor for tensor in tensors(output) if tensor.is_floating_point()]
 
@@ -188,12 +195,18 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
                 parameter.add_(middle)
 
 
-@torch.no_grad()
-def _calibrate(model: nn.Module, call: Call, generator: torch.Generator) -> None:
-    """Set the running statistics of norms near those of what they read, so that signals neither fade nor grow."""
+@contextlib.contextmanager
+def _calibrated(model: nn.Module, generator: torch.Generator) -> Iterator[dict[nn.Module, int]]:
+    """Set running statistics near those of what norms read as they run, so that signals neither fade nor grow.
 
+    Yields how often each of the norms has run.
+    """
+    runs: dict[nn.Module, int] = {}
+
+    @torch.no_grad()
     def near(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        mean, variance = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
+        runs[norm] = runs.get(norm, 0) + 1
+        mean, variance = norm._buffers["running_mean"], norm._buffers["running_var"]
         if mean is None or variance is None or args[0].shape[1] != len(mean):
             return
         values = args[0].transpose(0, 1).flatten(1)
@@ -208,7 +221,7 @@ def _calibrate(model: nn.Module, call: Call, generator: torch.Generator) -> None
         if module._buffers.get("running_mean") is not None and module._buffers.get("running_var") is not None
     ]
     try:
-        call.of(model)
+        yield runs
     finally:
         for hook in hooks:
             hook.remove()
