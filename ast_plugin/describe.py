@@ -65,6 +65,7 @@ class Description:
         prunable_weights: Number of prunable weights.
         total_weights: Number of all weights of the model.
         groups: The channel groups and what is left whole, in a run with channel sub-nets.
+        computed: How channel sub-nets are computed now, or why not with smaller weights; empty without any.
     """
 
     sub_nets: tuple[str, ...]
@@ -73,6 +74,7 @@ class Description:
     prunable_weights: int
     total_weights: int
     groups: tuple[GroupRow, ...] = ()
+    computed: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as plain containers."""
@@ -95,6 +97,8 @@ class Description:
             lines = [["channel group", "kind", "units", *(f"{name} keeps" for name in names)]]
             lines += [[row.group, row.kind, str(row.units), *(str(row.kept[name]) for name in names)] for row in found]
             text += "\n\n" + _aligned(lines)
+            if self.computed:
+                text += f"\n\nChannel sub-nets are computed {self.computed}."
             whole = [["left whole", "reason"], *([row.group, row.reason] for row in self.groups if row.reason)]
             text += "\n\n" + _aligned(whole) if len(whole) > 1 else ""
         return text
@@ -114,6 +118,7 @@ def describe(
     masks: MaskStore,
     groups: ChannelGroups | None = None,
     kept: Mapping[str, Mapping[str, Tensor]] = _NONE,
+    computed: str = "",
 ) -> Description:
     """Build the tables from what was chosen and the present masks.
 
@@ -122,6 +127,7 @@ def describe(
         masks: The masks.
         groups: The channel groups, where there are any.
         kept: By channel sub-net and group name, which units it keeps, bool (units,).
+        computed: How channel sub-nets are computed.
     """
     rows = tuple(
         DescriptionRow(
@@ -146,6 +152,7 @@ def describe(
         prunable_weights=masks.total(),
         total_weights=total,
         groups=_group_rows(groups, kept) if groups is not None else (),
+        computed=computed if groups is not None else "",
     )
 
 

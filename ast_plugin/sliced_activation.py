@@ -136,6 +136,11 @@ class SlicedActivation(MaskedActivation):
         if small is not None:
             small.deliver_at_once(self._told(small))
 
+    def release(self) -> None:
+        """Take the sub-net off and free what is kept for putting one on."""
+        super().release()
+        self._small = None
+
     def _cover(self, sub_net: str, form: Form) -> None:
         plan = self._plan(sub_net)
         if plan is not None and form == Form.PROBE:

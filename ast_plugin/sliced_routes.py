@@ -44,6 +44,15 @@ def route_for(slicing: Slicing, called: nn.Module, compiling: bool = False, *, s
     return slicing
 
 
+def way_of(slicing: Slicing, called: nn.Module, *, sharded: bool = False) -> str:
+    """Return how channel sub-nets are computed now, for people to read; arguments as for `route_for`."""
+    reason = _no_slices(called, compiling=False, sharded=sharded)
+    if slicing == "off" or reason is not None:
+        return "with masked weights" + (f", because smaller ones {reason}" if slicing != "off" else "")
+    gathered = slicing == "gather" or (slicing == "auto" and route_for(slicing, called) == "gather")
+    return "with smaller weights" + (", gathered by autograd" if gathered else "")
+
+
 def _no_slices(called: nn.Module, *, compiling: bool, sharded: bool) -> str | None:
     if sharded:
         return "cannot cut weights of which every rank holds a part"

@@ -29,6 +29,7 @@ from ast_plugin.optimizer_modes import OptimizerModes
 from ast_plugin.parts import RunParts
 from ast_plugin.recalibration import Forward, recalibrate_each
 from ast_plugin.sharding import gathered
+from ast_plugin.sliced_routes import way_of
 from ast_plugin.step import TrainingStep
 from ast_plugin.sub_nets import check_sub_net
 from ast_plugin.training_sampling import SampledRun
@@ -142,9 +143,10 @@ class AlternatingSparseTraining(SampledRun):
 
     def describe(self) -> Description:
         """Return the table of all parameters, and of the channel groups: what sub-nets keep of them, or why all."""
-        updater = self._parts.updater
+        parts, updater = self._parts, self._parts.updater
         kept = {name: updater.kept_units(name) for name, plan in updater.plans.items() if plan.pattern.by_groups}
-        return describe(self._parts.choices, self.masks, self._parts.groups, kept)
+        computed = way_of(self.config.slicing, parts.called, sharded=parts.sharded)
+        return describe(parts.choices, self.masks, parts.groups, kept, computed)
 
     def statistics(self) -> dict[str, Any]:
         """Return counts as a plain mapping.

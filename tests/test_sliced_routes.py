@@ -13,7 +13,7 @@ from torch import nn
 
 import ast_plugin
 from ast_plugin.errors import ActivationError
-from ast_plugin.sliced_routes import route_for
+from ast_plugin.sliced_routes import route_for, way_of
 
 
 def with_compiled_forward() -> nn.Module:
@@ -81,6 +81,19 @@ def test_wrap_refuses_what_cannot_work_and_leaves_the_model_alone() -> None:
     ast_plugin.wrap(optimizer, compiled, slicing="auto", **options).detach()
     # Without a channel sub-net, the setting has no meaning.
     ast_plugin.wrap(optimizer, compiled, slicing="leaves", sparsities=(0.5,), total_steps=9)
+
+
+def test_the_description_says_how_channel_sub_nets_are_computed() -> None:
+    model = conv_net()
+    ast = sliced_run(model, sgd(model), "auto", method="static")
+    assert "\n\nChannel sub-nets are computed with smaller weights." in str(ast.describe())
+    model.compile(backend="eager")
+    assert ast.describe().computed.startswith("with masked weights, because smaller ones cannot be used in compiled")
+    assert way_of("off", mlp()) == "with masked weights"
+    assert way_of("gather", mlp()) == "with smaller weights, gathered by autograd"
+    assert way_of("auto", mlp(), sharded=True).endswith("cannot cut weights of which every rank holds a part")
+    plain = mlp()
+    assert ast_plugin.wrap(sgd(plain), plain, sparsities=(0.5,), total_steps=9).describe().computed == ""
 
 
 def test_a_traced_forward_computes_with_masked_weights() -> None:
