@@ -18,6 +18,7 @@ from ast_plugin.normalization import PrivateNormalization
 from ast_plugin.packed_masks import PackedMasks
 from ast_plugin.packs import Pack
 from ast_plugin.sharding import reshard
+from ast_plugin.sliced_probes import ProbeMasks
 from ast_plugin.sliced_tensors import Small
 
 
@@ -144,9 +145,12 @@ class MaskedActivation:
 
     def _cover(self, sub_net: str, form: Form) -> None:
         """Zero what `sub_net` drops."""
-        for pack in self._masks.refresh():
-            parameters = self._masks.parameters(pack)
-            kept = self._masks.kept(sub_net, pack, parameters)
+        self._cover_by(self._masks, sub_net)
+
+    def _cover_by(self, masks: PackedMasks, sub_net: str) -> None:
+        for pack in masks.refresh():
+            parameters = masks.parameters(pack)
+            kept = masks.kept(sub_net, pack, parameters)
             if not kept.everything:
                 pack.set_aside(parameters)
                 self._covered.append(pack)
@@ -203,17 +207,29 @@ class ShardedActivation(MaskedActivation):
         masks: The masks of the parts, and the parts they belong to.
         normalization: The private normalisation state.
         model: The model, of which FSDP modules may hold gathered copies of the weights.
+        probes: The masks for `Form.PROBE`, in a run with channel sub-nets.
     """
 
-    def __init__(self, masks: PackedMasks, normalization: PrivateNormalization, model: nn.Module) -> None:
+    def __init__(
+        self,
+        masks: PackedMasks,
+        normalization: PrivateNormalization,
+        model: nn.Module,
+        probes: ProbeMasks | None = None,
+    ) -> None:
         super().__init__(masks, normalization)
         self._model = model
+        self._probes = probes
 
     def put_on(self, sub_net: str, form: Form = Form.COMPUTE, *, small: Small | None = None) -> None:
         """Put a sub-net on; copies that were gathered before are dropped."""
         if not self.is_on(sub_net, form):
             reshard(self._model)
             super().put_on(sub_net, form)
+
+    def _cover(self, sub_net: str, form: Form) -> None:
+        probes = self._probes.of(sub_net) if self._probes is not None and form == Form.PROBE else None
+        self._cover_by(self._masks if probes is None else probes, sub_net)
 
     def take_off(self) -> None:
         """Take the sub-net off; copies that were gathered of it are dropped."""

@@ -37,6 +37,7 @@ from ast_plugin.sharded_slots import LocalSlots, ShardedSlots
 from ast_plugin.sharding import Gathered, layout_of, reshard
 from ast_plugin.sliced_activation import SlicedActivation
 from ast_plugin.sliced_plans import SlicePlans
+from ast_plugin.sliced_probes import ProbeMasks
 from ast_plugin.sliced_routes import route_for
 from ast_plugin.slots import ParameterSlots, bare_model, tensor_slots
 from ast_plugin.statistics import Statistics
@@ -254,16 +255,18 @@ def _build(
     # No graph needs the number of batches.
     changing = [*parameters, *(n for n in normalization.names if not n.endswith("_batches_tracked"))]
     route = functools.partial(route_for, config.slicing, called, sharded=is_sharded)
+    channels = [plan.name for plan in plans if plan.pattern.by_groups]
     inner = MaskedActivation(packed, normalization)
     if is_sharded:
-        inner = ShardedActivation(packed, normalization, bare)
+        probes = ProbeMasks(groups, sharded_masks, channels, parameters, local) if groups is not None else None
+        inner = ShardedActivation(packed, normalization, bare, probes)
     elif groups is not None:
         inner = SlicedActivation(
             packed,
             normalization,
             store=local_masks,
             plans=SlicePlans(bare, groups, local_masks),
-            channels=[plan.name for plan in plans if plan.pattern.by_groups],
+            channels=channels,
             route=route,
             gradients=gradients,
         )

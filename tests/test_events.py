@@ -215,7 +215,7 @@ def test_a_model_that_hands_out_its_own_parameters_is_trained() -> None:
     ("where", "calls"),
     [
         ("ast_plugin.inactive._elementwise_state", (0, 1, 2)),  # weights are being remembered
-        ("ast_plugin.step.correct_pairs", (0,)),  # the gradient is the next reference already
+        ("ast_plugin.step_correction.correct_pairs", (0,)),  # the gradient is the next reference already
         ("ast_plugin.normalization._present", (0, 1)),  # BatchNorm is being exchanged
     ],
     ids=["remember", "correct", "exchange"],

@@ -75,6 +75,7 @@ FLOORS = {
     "sliced_copies": 4,
     "sliced_kernels": 4,
     "sliced_plans": 4,
+    "sliced_probes": 4,
     "sliced_routes": 4,
     "sliced_tensors": 4,
     "sampling": 4,
