@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ast_plugin.channels import ChannelGroups
 from ast_plugin.config import ASTConfig
-from ast_plugin.distributed import average_over_ranks, check_same_on_all_ranks
+from ast_plugin.distributed import average_over_ranks, check_same_on_all_ranks, ranks
 from ast_plugin.errors import ActivationError, ConfigError, StateError, WrapError
 from ast_plugin.masks import MaskStore
 from ast_plugin.methods import Method
@@ -163,10 +162,12 @@ class SampledMasks:
     def _averaged(self) -> Tensor | None:
         if self._losses is None:
             return None
-        device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
-        mean = {"losses": (self._losses / self._batches).to(device)}
-        average_over_ranks(mean, like=dict(mean), model=self._model)
-        return mean["losses"].cpu()
+        mean = self._losses / self._batches
+        if ranks(self._model) == 1:
+            return mean
+        shared = {"losses": mean.to(next((p.device for p in self._model.parameters()), mean.device))}
+        average_over_ranks(shared, like=dict(shared), model=self._model)
+        return shared["losses"].cpu()
 
     def _settled(self, sampler: Sampler) -> tuple[MaskUpdate, ...]:
         if not sampler.is_final:

@@ -14,7 +14,7 @@ from ast_plugin.integrations.timm import launcher, train
 
 pytestmark = [pytest.mark.extra("timm"), pytest.mark.extra("channels")]
 
-OPTIONS: dict[str, Any] = {"sparsities": (0.5,), "method": "vr-pge", "pattern": "channel", "slicing": "leaves"}
+OPTIONS: dict[str, Any] = {"sparsities": (0.5,), "method": "vr-pge", "pattern": "channel", "slicing": "auto"}
 FLAGS = ("--ast-sparsities", "0.5", "--ast-method", "vr-pge", "--ast-pattern", "channel", "--ast-no-report")
 
 

@@ -16,7 +16,7 @@ from ast_plugin.vr_pge_method import ChannelSampler
 
 pytestmark = [pytest.mark.extra("hf"), pytest.mark.extra("channels")]
 
-OPTIONS: dict[str, Any] = {"sparsities": (0.5,), "method": "vr-pge", "pattern": "channel", "slicing": "leaves"}
+OPTIONS: dict[str, Any] = {"sparsities": (0.5,), "method": "vr-pge", "pattern": "channel", "slicing": "auto"}
 
 
 def dropping() -> nn.Module:

@@ -18,7 +18,7 @@ SETTINGS: dict[str, Any] = {
     "pattern": "channel",
     "total_steps": 30,
     "end_step": 20,
-    "slicing": "leaves",
+    "slicing": "auto",
 }
 
 
