@@ -106,6 +106,8 @@ def _undisturbed() -> Iterator[None]:
     """Trace with gradients, whatever the caller has set, and leave nothing of it behind."""
     randomness = RandomState()
     state = randomness.state_dict()
+    fast = torch.backends.mha.get_fastpath_enabled()  # its attention may round in another way than that with gradients
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with (
             torch.inference_mode(False),
@@ -117,6 +119,7 @@ def _undisturbed() -> Iterator[None]:
             warnings.simplefilter("ignore")  # those of models and of torch-pruning, about the copy
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         randomness.load_state_dict(state)
 
 
@@ -167,7 +170,7 @@ class _Search:
             if isinstance(modules[path], nn.LayerNorm) and not space.attention:
                 raise Obstacle("a layer norm takes its statistics over these channels")
         if space.computed:
-            raise Obstacle("read by a convolution that standardizes its weights over these channels")
+            raise Obstacle("read by a layer that computes its weight from other tensors (standardized, normalized)")
         for path in dict.fromkeys((*space.producers, *space.consumers)):
             name = f"{path}.weight"
             names = self._owners.get(id(modules[path]._parameters.get("weight")), [])
@@ -218,11 +221,14 @@ class _Search:
     def _left_whole(self, groups: list[ChannelGroup], reasons: Mapping[str, str]) -> Iterator[LeftWhole]:
         sliced = {axis.tensor for group in groups for axis in group.axes if axis.role == "out"}
         between = {axis.tensor for group in groups for axis in group.axes if axis.role == "state"}
+        torchs: list[str] = []
         for path, module in self._twin.named_modules():
+            if isinstance(module, nn.MultiheadAttention):
+                torchs.append(f"{path}.")
             own = [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)]
             if not any(name in self._prunable for name in own) or any(name in sliced | between for name in own):
                 continue
-            if isinstance(module, nn.MultiheadAttention):
+            if isinstance(module, nn.MultiheadAttention) or path.startswith(tuple(torchs)):
                 yield LeftWhole(name=path, reason="nn.MultiheadAttention takes its head size from the width it reads")
             elif path in reasons:
                 yield LeftWhole(name=path, reason=reasons[path])

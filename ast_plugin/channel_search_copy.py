@@ -49,6 +49,10 @@ def search_copy(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(data, requires_grad=data.is_floating_point())
     for buffer in model.buffers():
         memo[id(buffer)] = _plain(buffer)
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # a weight that a hook has computed
+                memo[id(value)] = _plain(value)
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as error:

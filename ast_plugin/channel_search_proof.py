@@ -184,8 +184,10 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
                     parameter.fill_(float("bias" not in name))
                 parameter.add_(0.3 * noise(parameter))
                 continue
-            layer = name == "weight" and not isinstance(module, nn.Embedding)
-            spread = 1 / math.sqrt(parameter[0].numel()) if layer else 0.5
+            embedding = isinstance(module, nn.Embedding)
+            layer = name == "weight" and not embedding
+            read = parameter[0].numel() if layer else parameter.shape[-1]
+            spread = 0.5 if embedding else min(0.5, 1 / math.sqrt(max(1, read)))  # outputs of the size of inputs
             deviation, middle = torch.std_mean(parameter)
             if deviation > 1e-8:
                 parameter.sub_(middle).mul_(spread / deviation)

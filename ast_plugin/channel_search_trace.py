@@ -161,8 +161,8 @@ class _Watch:
 class _Functions(TorchFunctionMode):
     """Sees with which weights the functions of linear layers and convolutions are called.
 
-    A linear layer whose weight ``F.linear`` uses outside of it, with another bias, is shown to torch-pruning as if it
-    had run itself. A layer that calls its function with another tensor than its own weight is noted.
+    A linear layer whose weight ``F.linear`` uses outside of it, often with another bias, is shown to torch-pruning as
+    if it had run itself. A layer that calls its function with another tensor than its own weight is noted.
     """
 
     def __init__(self, watch: _Watch) -> None:
@@ -183,9 +183,11 @@ class _Functions(TorchFunctionMode):
             self._watch.computed.add(running)
         layer = self._layers.get(id(given["weight"]))
         bias = given.get("bias")
-        if func is not functional.linear or layer is None or bias is None or bias is layer.bias:
+        if func is not functional.linear or layer is None or layer is running:
             return func(*args, **kwargs)
-        output = func(given["input"], given["weight"], bias.detach())
+        if bias is not None and bias is not layer.bias:
+            bias = bias.detach()
+        output = func(given["input"], given["weight"], bias)
         for hook in layer._forward_hooks.values():
             hook(layer, (given["input"],), output)
         return output

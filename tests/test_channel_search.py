@@ -234,6 +234,24 @@ def standardized():
     return model
 
 
+def spectral():
+    block = FeedForward()
+    nn.utils.spectral_norm(block.fc2)  # the older kind, which computes the weight in a hook
+    return Stream(block, dim=6)
+
+
+class FunctionalLinear(nn.Module):
+    """Uses a layer's weight without running the layer, and reshapes to a width of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = functional.linear(x, self.layer.weight, self.layer.bias + 1)
+        return self.head(x.reshape(*x.shape[:2], 2, 3).flatten(2))
+
+
 def parametrized():
     model = Residual()
     nn.utils.parametrizations.weight_norm(model.conv2)
@@ -255,7 +273,9 @@ def parametrized():
         (lambda: Stream(FeedForward(Normalized()), dim=6), TOKENS, "blocks.0.fc1", DIFFERENT),
         (lambda: Stream(Attention(of_input=True), dim=12), TOKENS, "blocks.0.qkv", "does not run: RuntimeError: shape"),
         (lambda: Stream(GroupedQueries(kv_heads=1), dim=16), TOKENS, "blocks.0.q_proj", "share one key and value"),
-        (standardized, IMAGES, "conv1", "standardizes its weights"),
+        (standardized, IMAGES, "conv1", "standardized"),
+        (spectral, TOKENS, "blocks.0.fc1", "standardized, normalized"),
+        (FunctionalLinear, TOKENS, "layer", "does not run: RuntimeError: shape"),
         (parametrized, IMAGES, "conv1", "computed from other tensors"),
         (lambda: Stream(FeedForward(), dim=6), TOKENS, "head", "reaches the model's output"),
     ],
