@@ -18,6 +18,7 @@ from ast_plugin.channels import ChannelGroups
 from ast_plugin.config import ASTConfig
 from ast_plugin.distributions import Distribution, DistributionRequest, LayerRequest, kept_units
 from ast_plugin.errors import ConfigError
+from ast_plugin.mask_forms import CutMask
 from ast_plugin.masks import MaskStore
 from ast_plugin.methods import Method, Score, chance, magnitude
 from ast_plugin.plans import SubNetPlan
@@ -136,9 +137,9 @@ class ChannelUpdates:
                 found[other.name] = {name: present[name].to(flags.device) & flags for name, flags in units.items()}
         return found
 
-    def masks(self, units: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def masks(self, units: Mapping[str, Tensor]) -> dict[str, CutMask]:
         """Return units as masks of weights, by parameter name."""
-        return self.groups.masks(units, self._masks.shapes)
+        return self.groups.cut_masks(units, self._masks.shapes)
 
     def _denser(self, plan: SubNetPlan) -> list[SubNetPlan]:
         return self._order[: self._order.index(plan)]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ast_plugin.errors import StateError
+from ast_plugin.mask_forms import CutMask
 
 Role = Literal["out", "in", "state"]
 Kind = Literal["channels", "hidden", "heads"]
@@ -220,6 +221,18 @@ class ChannelGroups:
                 if axis.tensor in masks:
                     masks[axis.tensor].index_fill_(axis.dim, axis.indices(dropped), False)
         return masks
+
+    def cut_masks(self, kept: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, CutMask]:
+        """Return the same masks as what is kept along their dimensions, without making them."""
+        flags: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in shapes}
+        for group in self.groups:
+            units = kept[group.name]
+            for axis in group.axes if not bool(units.all()) else ():
+                if axis.tensor in flags:
+                    along = torch.zeros(shapes[axis.tensor][axis.dim], dtype=torch.bool, device=units.device)
+                    along[axis.indices(units.nonzero().reshape(-1))] = True
+                    flags[axis.tensor].append((axis.dim, along))
+        return {name: CutMask(tuple(shapes[name]), tuple(cuts)) for name, cuts in flags.items()}
 
     def kept(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return which units masks of weights keep: those with a kept weight in what reads them.

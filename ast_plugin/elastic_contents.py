@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ast_plugin.errors import ConfigError, near_names
-from ast_plugin.masks import MaskStore, unpack_bits
+from ast_plugin.mask_forms import unpack_bits
+from ast_plugin.masks import MaskStore
 
 _KINDS = ("masked", "private", "whole", "alias")
 

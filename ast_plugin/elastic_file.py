@@ -19,7 +19,8 @@ from ast_plugin.config import ASTConfig
 from ast_plugin.elastic_contents import ElasticContents, StoredSubNet, StoredTensor, tensor_key
 from ast_plugin.errors import ASTError, ConfigError, ElasticFileError, near_names
 from ast_plugin.files import file_path
-from ast_plugin.masks import MaskStore, pack_bits
+from ast_plugin.mask_forms import pack_bits
+from ast_plugin.masks import MaskStore
 from ast_plugin.sealed_file import read_sealed, write_sealed
 
 ELASTIC = "elastic.safetensors"  # its name in a folder that holds other files of the model too

@@ -8,7 +8,6 @@ they are remembered until the mask is replaced. In files and checkpoints a mask 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ast_plugin.errors import ConfigError, StateError, near_names
 from ast_plugin.kept import POSITIONS_UP_TO
+from ast_plugin.mask_forms import BitMask, CutMask, HeldMask, as_mask, pack_bits, unpack_bits
 
 
 class MaskStore:
@@ -41,7 +41,7 @@ class MaskStore:
         self.sub_nets: tuple[str, ...] = tuple(sub_nets)
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in shapes.items()}
         self.parameters: tuple[str, ...] = tuple(self.shapes)
-        self._masks: dict[str, dict[str, Tensor | _Bits]] = {
+        self._masks: dict[str, dict[str, HeldMask]] = {
             sub_net: {name: torch.ones(shape, dtype=torch.bool) for name, shape in self.shapes.items()}
             for sub_net in self.sub_nets
         }
@@ -57,7 +57,7 @@ class MaskStore:
             ConfigError: If there is no such sub-net or parameter.
         """
         self._check_parameter(parameter)
-        return _as_mask(self._of(sub_net)[parameter])
+        return as_mask(self._of(sub_net)[parameter])
 
     def set(self, sub_net: str, parameter: str, mask: Tensor) -> None:
         """Replace a mask. The store may keep `mask` itself, on its device; do not write into it afterwards.
@@ -67,12 +67,13 @@ class MaskStore:
         """
         self.replace(sub_net, {parameter: mask})
 
-    def replace(self, sub_net: str, masks: Mapping[str, Tensor]) -> None:
+    def replace(self, sub_net: str, masks: Mapping[str, Tensor | CutMask]) -> None:
         """Replace several masks of a sub-net, all of them or, after an exception or an interrupt, none.
 
         Args:
             sub_net: A sub-net's name.
-            masks: By parameter name, as for `set`.
+            masks: By parameter name, as for `set`; those of whole rows and columns also as what is kept of them, and
+                then they are made when they are read.
 
         Raises:
             ConfigError: If there is no such sub-net or parameter, or a mask has another dtype or shape.
@@ -80,12 +81,16 @@ class MaskStore:
         present = self._of(sub_net)
         for name, mask in masks.items():
             self._check_mask(sub_net, name, mask)
-        fresh: dict[str, Tensor | _Bits] = {name: mask.detach() for name, mask in masks.items()}
-        near = {name: mask for name, mask in masks.items() if mask.device.type == "cpu"}  # others when they are asked
+        fresh: dict[str, HeldMask] = {
+            n: mask if isinstance(mask, CutMask) else mask.detach() for n, mask in masks.items()
+        }
+        # Those on other devices are counted when they are asked.
+        near = {n: mask for n, mask in fresh.items() if isinstance(mask, Tensor) and mask.device.type == "cpu"}
         counts = dict(zip(near, _count(list(near.values())), strict=True))
         for name, count in counts.items():
-            if count <= POSITIONS_UP_TO * masks[name].numel():
-                fresh[name] = _Bits(pack_bits(masks[name]), tuple(masks[name].shape))
+            if count <= POSITIONS_UP_TO * near[name].numel():
+                fresh[name] = BitMask(pack_bits(near[name]), tuple(near[name].shape))
+        counts.update((name, mask.count()) for name, mask in fresh.items() if isinstance(mask, CutMask))
         # Each of these three may be the last one before an interrupt: what is not remembered is counted or made anew.
         self._kept[sub_net] = {name: count for name, count in self._kept[sub_net].items() if name not in fresh}
         self._revisions[sub_net] += 1
@@ -95,7 +100,7 @@ class MaskStore:
     def move(self, sub_net: str, parameter: str, device: torch.device) -> None:
         """Move a mask to another device."""
         masks = self._of(sub_net)
-        masks[parameter] = _as_mask(masks[parameter]).to(device)
+        masks[parameter] = as_mask(masks[parameter]).to(device)
 
     def revision(self, sub_net: str) -> int:
         """Return a number that rises whenever a mask of `sub_net` changes."""
@@ -116,7 +121,7 @@ class MaskStore:
         Raises:
             ConfigError: If there is no such sub-net.
         """
-        return {name: _as_mask(held) for name, held in self._of(sub_net).items()}
+        return {name: as_mask(held) for name, held in self._of(sub_net).items()}
 
     def kept(self, sub_net: str, parameter: str | None = None) -> int:
         """Return how many weights a sub-net keeps, of one parameter or of all.
@@ -128,7 +133,7 @@ class MaskStore:
         wanted = self._wanted(parameter)
         missing = [name for name in wanted if name not in known]
         if missing:
-            known.update(zip(missing, _count([_as_mask(masks[name]) for name in missing]), strict=True))
+            known.update(zip(missing, _count([as_mask(masks[name]) for name in missing]), strict=True))
         return sum(known[name] for name in wanted)
 
     def total(self, parameter: str | None = None) -> int:
@@ -182,7 +187,7 @@ class MaskStore:
             ConfigError: If there is no such sub-net.
         """
         return {
-            name: held.packed.clone() if isinstance(held, _Bits) else pack_bits(held)
+            name: held.packed.clone() if isinstance(held, BitMask) else pack_bits(as_mask(held))
             for name, held in self._of(sub_net).items()
         }
 
@@ -231,7 +236,7 @@ class MaskStore:
                 digest.update(packed.numpy().tobytes())
         return digest.hexdigest()
 
-    def _of(self, sub_net: str) -> dict[str, Tensor | _Bits]:
+    def _of(self, sub_net: str) -> dict[str, HeldMask]:
         try:
             return self._masks[sub_net]
         except KeyError:
@@ -243,12 +248,14 @@ class MaskStore:
         self._check_parameter(parameter)
         return (parameter,)
 
-    def _check_mask(self, sub_net: str, parameter: str, mask: Tensor) -> None:
+    def _check_mask(self, sub_net: str, parameter: str, mask: Tensor | CutMask) -> None:
         self._check_parameter(parameter)
-        if mask.dtype != torch.bool or tuple(mask.shape) != self.shapes[parameter]:
+        if isinstance(mask, CutMask) and mask.shape == self.shapes[parameter]:
+            return
+        if isinstance(mask, CutMask) or mask.dtype != torch.bool or tuple(mask.shape) != self.shapes[parameter]:
             raise ConfigError(
                 f"mask of {parameter!r} in sub-net {sub_net!r} must be bool of shape {self.shapes[parameter]}, "
-                f"got {mask.dtype} of shape {tuple(mask.shape)}"
+                f"got {getattr(mask, 'dtype', torch.bool)} of shape {tuple(mask.shape)}"
             )
 
     def _check_parameter(self, parameter: str) -> None:
@@ -256,66 +263,6 @@ class MaskStore:
             raise ConfigError(
                 f"{parameter!r} is no prunable parameter of this run: {near_names(str(parameter), self.parameters)}"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Bits:
-    """A sparse mask as `pack_bits` makes it.
-
-    Attributes:
-        packed: The bits.
-        shape: Shape of the mask.
-    """
-
-    packed: Tensor
-    shape: tuple[int, ...]
-
-    @property
-    def device(self) -> torch.device:
-        """The CPU."""
-        return self.packed.device
-
-
-def _as_mask(held: Tensor | _Bits) -> Tensor:
-    return unpack_bits(held.packed, held.shape) if isinstance(held, _Bits) else held
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """Return a mask with eight weights a byte.
-
-    Args:
-        mask: Bool, any shape, device and memory format.
-
-    Returns:
-        uint8, shape (ceil(numel / 8),), on the CPU. In row-major order weight i is bit i % 8 of byte i // 8, the
-        least significant bit first; spare bits of the last byte are 0.
-    """
-    flat = mask.detach().cpu().reshape(-1).numpy()
-    return torch.from_numpy(np.packbits(flat, bitorder="little"))
-
-
-def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return the mask that `pack_bits` packed: bool, of `shape`, on the CPU.
-
-    Args:
-        packed: uint8, shape (ceil(numel / 8),).
-        shape: Shape of the mask.
-
-    Raises:
-        StateError: If dtype or length do not fit `shape`, or spare bits are set, which `pack_bits` never does.
-    """
-    count = math.prod(shape)
-    size = (count + 7) // 8
-    if packed.dtype != torch.uint8 or tuple(packed.shape) != (size,):
-        raise StateError(
-            f"packed mask for shape {tuple(shape)} must be {size} bytes of torch.uint8, "
-            f"got {packed.dtype} of shape {tuple(packed.shape)}"
-        )
-    data = packed.detach().cpu().contiguous().numpy()
-    if count % 8 and data[-1] >> (count % 8):
-        raise StateError(f"packed mask for shape {tuple(shape)} is damaged: bits are set past its last weight")
-    bits = np.unpackbits(data, count=count, bitorder="little")
-    return torch.from_numpy(bits.view(np.bool_)).reshape(tuple(shape))
 
 
 def _count(masks: Sequence[Tensor]) -> list[int]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ast_plugin.channels import ChannelGroups
+from ast_plugin.mask_forms import CutMask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,11 +23,11 @@ class Sample:
     """The masks of one sub-net.
 
     Attributes:
-        masks: By parameter name, bool.
+        masks: By parameter name, bool, or what they keep along their dimensions.
         units: By group name, which units they keep, bool (units,), where they keep whole units and all other weights.
     """
 
-    masks: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor | CutMask]
     units: Mapping[str, Tensor] | None = None
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ast_plugin.errors import ConfigError, StateError, near_names
-from ast_plugin.masks import MaskStore, pack_bits, unpack_bits
+from ast_plugin.mask_forms import CutMask, as_mask, pack_bits, unpack_bits
+from ast_plugin.masks import MaskStore
 from ast_plugin.selection_kernels import count_kept
 from ast_plugin.sharding import add_over_ranks, full, is_sharded, layout_of, local_part
 
@@ -60,17 +61,18 @@ class ShardedMasks(MaskStore):
         """
         self.replace(sub_net, {parameter: mask})
 
-    def replace(self, sub_net: str, masks: Mapping[str, Tensor]) -> None:
-        """Replace several masks of a sub-net, each as `set` takes it.
+    def replace(self, sub_net: str, masks: Mapping[str, Tensor | CutMask]) -> None:
+        """Replace several masks of a sub-net, each as `set` takes it, or as what is kept along its dimensions.
 
         Raises:
             ConfigError: If there is no such sub-net or parameter, or a mask has another dtype or shape.
         """
         self._check_sub_net(sub_net)
-        for name, mask in masks.items():
+        whole = {name: as_mask(mask) for name, mask in masks.items()}
+        for name, mask in whole.items():
             self._check_mask(sub_net, name, mask)
         parts, counts, decided = {}, {}, {}
-        for name, mask in masks.items():
+        for name, mask in whole.items():
             layout = self._layouts[name]
             if layout is not None and is_sharded(mask):
                 part = local_part(mask)

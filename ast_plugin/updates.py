@@ -146,10 +146,9 @@ class MaskUpdater:
         for plan in sorted(self.plans.values(), key=lambda plan: plan.target_sparsity):  # nested ones, densest first
             sparsity = self._initial_sparsity(plan)
             if self._channels is not None and plan.pattern.by_groups:
-                masks = self._channels.masks(self._channels.first(plan, sparsity, weights))
+                self.masks.replace(plan.name, self._channels.masks(self._channels.first(plan, sparsity, weights)))
             else:
-                masks = self._weights.first(plan, sparsity, weights)
-            self.masks.replace(plan.name, masks)
+                self.masks.replace(plan.name, self._weights.first(plan, sparsity, weights))
 
     def update(
         self, sub_net: str, step: int, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None

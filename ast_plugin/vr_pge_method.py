@@ -175,7 +175,7 @@ class ChannelSampler:
 
     def _sample(self, kept: Tensor) -> Sample:
         units = self._by_group(kept)
-        return Sample(masks=self._groups.masks(units, self._inputs.shapes), units=units)
+        return Sample(masks=self._groups.cut_masks(units, self._inputs.shapes), units=units)
 
 
 def vr_pge(options: VRPGEOptions | None = None) -> Method:

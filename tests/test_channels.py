@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ast_plugin.channels import ChannelGroup, ChannelGroups, GroupAttribute, GroupAxis, Slice, attribute_values, slices
-from ast_plugin.errors import StateError
+from ast_plugin.errors import ConfigError, StateError
+from ast_plugin.masks import MaskStore
 
 # Four heads of three rows each: 12 rows of queries, keys and values one after the other, read by 12 columns.
 HEADS = ChannelGroup(
@@ -83,6 +84,22 @@ def test_a_weight_is_kept_where_its_row_and_its_column_are():
     found = CHAIN.kept(masks)
     assert {name: flags.tolist() for name, flags in found.items()} == {n: f.tolist() for n, f in KEPT.items()}
     assert CHAIN.share_dropped(found) == 3 / 7
+
+
+def test_masks_of_rows_and_columns_are_made_when_they_are_read():
+    whole, cut = CHAIN.masks(KEPT, SHAPES), CHAIN.cut_masks(KEPT, SHAPES)
+    assert list(cut) == list(SHAPES)
+    store = MaskStore(("narrow",), SHAPES)
+    store.replace("narrow", cut)
+    for name, mask in whole.items():
+        assert torch.equal(cut[name].tensor(), mask)
+        assert cut[name].count() == store.kept("narrow", name) == int(mask.sum())
+        assert torch.equal(store.get("narrow", name), mask)
+    other = MaskStore(("narrow",), SHAPES)
+    other.unpack("narrow", store.pack("narrow"))
+    assert other.checksum() == store.checksum()
+    with pytest.raises(ConfigError, match=r"mask of 'd\.weight' in sub-net 'narrow' must be bool of shape \(2, 2\)"):
+        store.replace("narrow", {"d.weight": cut["a.weight"]})
 
 
 def test_what_is_left_of_tensors_and_where_it_goes_back():

@@ -32,6 +32,7 @@ FLOORS = {
     "correction": 1,
     "distributions": 1,
     "kept": 1,
+    "mask_forms": 1,
     "masking": 1,
     "packs": 1,
     "patterns": 1,

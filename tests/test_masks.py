@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ast_plugin.errors import ConfigError, StateError
-from ast_plugin.masks import MaskStore, pack_bits, unpack_bits
+from ast_plugin.mask_forms import pack_bits, unpack_bits
+from ast_plugin.masks import MaskStore
 
 SHAPES = {"conv": (4, 3, 3, 3), "fc": (5, 7), "tiny": (1, 1)}
 
