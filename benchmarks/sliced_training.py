@@ -2,13 +2,14 @@
 
 Each contender trains three sub-nets that keep .5, .25 and .1 of the channels through `ast_plugin.wrap`, forward,
 backward and SGD with momentum, on one thread: with sliced leaf parameters and with a differentiable gather, with and
-without the correction, and masked. All of them and the plain dense network step in turn in one process; the figures
-are medians of the ratios of CPU time in each round. The whole run's ratio is that of the three sub-nets' steps together
-to three dense ones. Prints a table and writes the figures into a JSON file.
+without the correction, in the other memory format, and masked. All of them and the plain dense network step in turn in
+one process; the figures are medians of the ratios of CPU time in each round. The whole run's ratio is that of the three
+sub-nets' steps together to three dense ones. Prints a table and writes the figures into a JSON file.
 
     python benchmarks/sliced_training.py                               # all of it, about 20 minutes
     python benchmarks/sliced_training.py --networks ResNet-32 --rounds 5
     python benchmarks/sliced_training.py --resample                    # other channels at every step
+    python benchmarks/sliced_training.py --picture                     # the picture from the JSON file (extra report)
     python benchmarks/sliced_training.py --quick --output quick.json   # tiny shapes: does it run?
 """
 
@@ -29,15 +30,19 @@ from torch import Tensor, nn
 
 import ast_plugin
 from ast_plugin.files import atomic_write_text
+from inference_picture import picture
 from sliced_tasks import NETWORKS, Task, make_task
 
 RESULTS = Path(__file__).parent / "results" / "sliced_training.json"
 KEPT = (0.5, 0.25, 0.1)
-CONTENDERS: dict[str, dict[str, Any]] = {
+LAST = "channels_last"  # the other memory format, for networks of convolutions
+CONTENDERS: dict[str, dict[str, Any] | None] = {
+    f"dense, {LAST}": None,
     "leaves": {"slicing": "leaves", "correction": "off"},
     "leaves, correction": {"slicing": "leaves", "correction": "layer"},
     "gather": {"slicing": "gather", "correction": "off"},
     "gather, correction": {"slicing": "gather", "correction": "layer"},
+    f"leaves, {LAST}": {"slicing": "leaves", "correction": "off"},
     "masked": {"slicing": "off", "correction": "off"},
     "masked, correction": {"slicing": "off", "correction": "layer"},
 }
@@ -52,11 +57,20 @@ class Steps:
         task: What is trained.
         options: Settings of `ast_plugin.wrap`; None for the plain dense network.
         resample: Whether other channels are drawn at every step.
+        memory_format: Of the network and its pictures.
     """
 
-    def __init__(self, task: Task, options: dict[str, Any] | None, *, resample: bool) -> None:
+    def __init__(
+        self,
+        task: Task,
+        options: dict[str, Any] | None,
+        *,
+        resample: bool,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
         self.task = task
-        self.model: nn.Module = task.build()
+        self.inputs = task.inputs.contiguous(memory_format=memory_format)
+        self.model: nn.Module = task.build().to(memory_format=memory_format)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
         self.ast: ast_plugin.AlternatingSparseTraining | None = None
         self._drawn: dict[str, list[dict[str, Tensor]]] = {}
@@ -85,7 +99,7 @@ class Steps:
             name = self.ast.active
             self.ast.masks.replace(name, self._drawn[name][self.ast.step // len(KEPT) % 2])
         self.optimizer.zero_grad()
-        self.task.loss(self.model(self.task.inputs)).backward()
+        self.task.loss(self.model(self.inputs)).backward()
         self.optimizer.step()
         return time.process_time() - began
 
@@ -103,9 +117,19 @@ def _draw(task: Task, kept: float, generator: torch.Generator) -> dict[str, Tens
 def measure(task: Task, names: Sequence[str], *, rounds: int, resample: bool) -> dict[str, Any]:
     """Return the dense step in ms, and the factors of every contender: by sub-net and over the whole run."""
     dense = Steps(task, None, resample=False)
-    runs = {name: Steps(task, CONTENDERS[name], resample=resample) for name in names}
+    pictures = task.inputs.dim() == 4
+    runs = {
+        name: Steps(
+            task,
+            CONTENDERS[name],
+            resample=resample,
+            memory_format=torch.channels_last if name.endswith(LAST) else torch.contiguous_format,
+        )
+        for name in names
+        if pictures or not name.endswith(LAST)
+    }
     plain: list[float] = []
-    took: dict[str, list[list[float]]] = {name: [] for name in names}
+    took: dict[str, list[list[float]]] = {name: [] for name in runs}
     for number in range(-1, rounds):
         before = dense.step()
         found = {name: [run.step() for _ in KEPT] for name, run in runs.items()}
@@ -134,6 +158,27 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def drawn(results: dict[str, Any]) -> str:
+    """Return the figures as an SVG document: a bar for each way to compute and each share of channels."""
+    parts = {
+        f"{network}, a training step": {
+            "rows": [
+                {
+                    "engine": "PyTorch",
+                    "name": name if name.startswith("dense") else f"{name}, kept {kept:g}",
+                    "factor": factor,
+                    "at_least": wanted if name == "leaves" else None,
+                }
+                for name, factors in found["factors"].items()
+                for kept, factor, wanted in zip(KEPT, factors, WANTED[network], strict=False)
+                if not name.startswith("dense") or kept == KEPT[0]
+            ]
+        }
+        for network, found in results["networks"].items()
+    }
+    return picture({"parts": parts}, "times faster than the dense step; marks: wanted")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -143,7 +188,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--resample", action="store_true", help="draw other channels at every step")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds; the figures mean nothing")
     parser.add_argument("--output", type=Path, default=RESULTS, help=f"JSON file (default: {RESULTS.name})")
+    parser.add_argument(
+        "--picture", action="store_true", help="draw the JSON file's figures beside it, measure nothing"
+    )
     args = parser.parse_args(argv)
+    if args.picture:
+        atomic_write_text(args.output.with_suffix(".svg"), drawn(json.loads(args.output.read_text())))
+        return 0
     rounds = args.rounds or (2 if args.quick else 15)
     torch.set_num_threads(1)
     results: dict[str, Any] = {

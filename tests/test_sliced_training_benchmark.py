@@ -54,7 +54,7 @@ def test_factors_are_of_the_dense_steps_around_a_round_and_medians_over_rounds(
     benchmark: Any, task: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Steps:
-        def __init__(self, task: Any, options: Any, *, resample: bool) -> None:
+        def __init__(self, task: Any, options: Any, **_: Any) -> None:
             # A warm-up round first; dense steps of 8 and 4 seconds around each round: 6 on average.
             self.times = iter([8.0, 4.0] * 4) if options is None else iter([9.0] * 3 + [3.0, 2.0, 1.0] * 2 + [6.0] * 3)
 
@@ -88,3 +88,13 @@ def test_a_quick_run_writes_its_figures(tmp_path: Path) -> None:
     assert set(results["networks"]["ResNet-32"]["factors"]) == {"leaves", "masked"}
     assert all(len(row) == 4 for row in results["networks"]["ResNet-32"]["factors"].values())
     assert "kept 0.5" in done.stdout
+
+
+@pytest.mark.extra("report")
+def test_the_picture_has_a_bar_for_every_factor_and_marks_what_is_wanted(benchmark: Any) -> None:
+    factors = {"dense, channels_last": [1.25] * 4, "leaves": [1.5, 2.5, 3.5, 2.2], "masked": [0.9, 0.9, 0.9, 0.9]}
+    text = benchmark.drawn({"networks": {"ResNet-32": {"dense_ms": 5.0, "factors": factors}}})
+    assert text.startswith("<?xml")
+    for bar in ("dense, channels_last", "leaves, kept 0.5", "leaves, kept 0.25", "leaves, kept 0.1", "2.50x", "1.25x"):
+        assert bar in text
+    assert text.count("1.25x") == 1
