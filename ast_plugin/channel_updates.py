@@ -219,6 +219,13 @@ class ChannelUpdates:
                         f"which has {group.units} {group.kind}; lower the sparsity, give the group one of its own "
                         f"(distribution={{{group.name!r}: {1 - 1 / group.units:.3g}}}), or exclude its weights"
                     )
+        held = request.kept_weights
+        if held < len(self._sizes):
+            raise ConfigError(
+                f"sparsity {sparsity:g} of sub-net {plan.name!r} keeps {held} of {sum(self._sizes.values())} units, "
+                f"which is not one in each of the {len(self._sizes)} channel groups; lower the sparsity, or exclude "
+                "weights of the smallest groups"
+            )
         counts = kept_units(request, shares, allow_empty_layers=False)
         return dict(zip(self._sizes, counts, strict=True))
 

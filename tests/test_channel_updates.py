@@ -193,6 +193,17 @@ def test_a_target_that_leaves_a_group_empty_is_refused_and_says_which() -> None:
         updater(GMP, random_weights(), sparsities=(0.5, 0.95))
 
 
+@pytest.mark.parametrize(
+    "options", [{"distribution": "global"}, {"distribution": "global", "allow_empty_layers": True}]
+)
+def test_fewer_units_than_groups_are_refused_in_words_for_channels(options: dict[str, Any]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"sub-net 's95' keeps 2 of 36 units.* one in each of the 3 channel groups"
+    ) as e:
+        updater(GMP, random_weights(), sparsities=(0.5, 0.95), **options)
+    assert "allow_empty_layers" not in str(e.value)  # which means layers of weights, and would not help
+
+
 def test_one_threshold_over_all_groups_leaves_a_unit_in_each() -> None:
     weights = random_weights()
     weights["w2"] *= 1e-3
