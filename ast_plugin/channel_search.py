@@ -80,7 +80,7 @@ def example_inputs_of(model: nn.Module) -> Any | None:
             known = getattr(model, name, None)
         except Exception:  # a property that fails for this model says nothing
             known = None
-        if isinstance(known, (torch.Tensor, tuple, list, Mapping)) and len(known):
+        if isinstance(known, (torch.Tensor, tuple, list, Mapping)) and len(known) and _is_for(model, known):
             return known
     for name in ("pretrained_cfg", "default_cfg"):
         settings = getattr(model, name, None)
@@ -89,6 +89,12 @@ def example_inputs_of(model: nn.Module) -> Any | None:
             if isinstance(size, (tuple, list)) and all(type(length) is int and length > 0 for length in size):
                 return torch.zeros(1, *size)
     return None
+
+
+def _is_for(model: nn.Module, known: Any) -> bool:
+    """Return whether the main input is there: Hugging Face's networks for images and sounds also speak of tokens."""
+    main = getattr(model, "main_input_name", None)
+    return not isinstance(known, Mapping) or not isinstance(main, str) or main in known
 
 
 def _traced(twin: nn.Module, call: Call) -> tuple[Call, list[Space]]:

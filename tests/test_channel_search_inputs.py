@@ -52,6 +52,12 @@ def test_others_know_none(model):
     assert example_inputs_of(model) is None
 
 
+def test_inputs_without_the_models_main_one_are_none_of_its_own():
+    tokens = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
+    assert example_inputs_of(Described(dummy_inputs=tokens, main_input_name="pixel_values")) is None
+    assert example_inputs_of(Described(dummy_inputs=tokens, main_input_name="input_ids")) is tokens
+
+
 def test_inputs_are_copies_in_float32_on_the_cpu():
     half, ids = torch.ones(2, 3, dtype=torch.float16), torch.arange(4)
     call = example_call({"x": half, "more": [ids, {"deep": half}], "flag": True})

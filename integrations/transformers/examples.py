@@ -27,7 +27,7 @@ def example_inputs(trainer: Trainer) -> Any:
     """
     model = bare_model(trainer.model)
     own = example_inputs_of(model)
-    if not isinstance(own, Mapping) or getattr(model, "main_input_name", None) in own:
+    if own is not None:
         return own
     state = RandomState()
     before = state.state_dict()
@@ -36,7 +36,7 @@ def example_inputs(trainer: Trainer) -> Any:
     finally:
         state.load_state_dict(before)
     if not isinstance(batch, Mapping):
-        return own
+        return None
     size = next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()), 0)
     given = {name: value for name, value in batch.items() if name not in _LABELS}
     return {name: v[:1] if isinstance(v, Tensor) and v.dim() and len(v) == size else v for name, v in given.items()}
