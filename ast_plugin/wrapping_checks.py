@@ -37,6 +37,12 @@ def check_kind(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise WrapError(f"parameter {lazy[0]!r} has no shape yet; run one forward pass before wrapping the model")
+    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted:
+        raise WrapError(
+            f"{scripted[0] or 'the model'} is a module of TorchScript, which takes none of the hooks that wrap "
+            "needs; put the ordinary module in its place"
+        )
 
 
 def check_outermost(outermost: object, model: nn.Module) -> None:

@@ -166,6 +166,20 @@ def test_deepspeed_second_order_and_uninitialised_models_are_refused_with_a_reas
         ast_plugin.wrap(sgd(conv_net()), lazy, sparsities=(0.9,), total_steps=100)
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "channel"])
+def test_a_scripted_part_is_refused_before_anything_is_touched(pattern: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer versions of torch warn of TorchScript itself
+        scripted = torch.jit.script(nn.Linear(8, 4))
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), scripted, nn.Linear(4, 2))
+    with pytest.raises(ast_plugin.WrapError, match="2 is a module of TorchScript, which takes none of the hooks"):
+        ast_plugin.wrap(
+            sgd(model), model, sparsities=(0.5,), total_steps=100, pattern=pattern, example_inputs=torch.zeros(1, 4)
+        )
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+
+
 def test_settings_may_come_as_a_config_but_not_both_ways() -> None:
     config = ast_plugin.ASTConfig(sparsities=(0.5, 0.9), total_steps=60)
     model = conv_net()
