@@ -90,6 +90,9 @@ def _only_in_groups(choices: Sequence[ParameterChoice], groups: ChannelGroups) -
 def _check_given(groups: object, model: nn.Module, prunable: Collection[str]) -> None:
     if not isinstance(groups, ChannelGroups):
         raise ConfigError(f"groups must be a ChannelGroups, such as find_groups returns, got {type(groups).__name__}")
+    strange = [type(group).__name__ for group in groups.groups if not isinstance(group, ChannelGroup)]
+    if strange:
+        raise ConfigError(f"groups must hold ChannelGroup objects, got {strange[0]}")
     twice = [name for name, count in Counter(group.name for group in groups.groups).items() if count > 1]
     if twice:
         raise ConfigError(f"groups names two groups {twice[0]!r}; give every group a name of its own")
@@ -119,6 +122,20 @@ def _check_group(group: ChannelGroup, model: nn.Module, prunable: Collection[str
                 "dropped; include that weight, or leave the group out"
             )
     modules = dict(model.named_modules())
+    named = {axis.tensor for axis in group.axes}
+    for axis in group.axes_of("out"):
+        path, _, _ = axis.tensor.rpartition(".")
+        bias = modules[path]._parameters.get("bias")
+        beside = f"{path}.bias" if path else "bias"
+        if (
+            bias is not None
+            and bias.numel() == model.get_parameter(axis.tensor).shape[axis.dim]
+            and beside not in named
+        ):
+            raise ConfigError(
+                f"groups: {group.name!r} is made by {axis.tensor!r} and leaves {beside!r} whole, which is added to "
+                f"what is left; add GroupAxis(tensor={beside!r}, dim=0, role='state', parts={axis.parts})"
+            )
     for attribute in group.attributes:
         value = getattr(modules.get(attribute.module), attribute.name, None)
         if value != attribute.per_unit * group.units:

@@ -15,7 +15,7 @@ from torch import nn
 
 import ast_plugin
 import ast_plugin.masks
-from ast_plugin.channels import ChannelGroups, GroupAxis
+from ast_plugin.channels import ChannelGroup, ChannelGroups, GroupAxis
 from ast_plugin.elastic_file import read_elastic
 from ast_plugin.errors import ConfigError, SelectionError, StateError
 from ast_plugin.report import Report
@@ -132,6 +132,7 @@ def test_groups_that_do_not_fit_the_model_are_refused_and_the_model_is_untouched
         (changed(tensor="blocks.0.bn1.weight", dim=0), "in two groups, or twice in one"),
         (ChannelGroups(groups=(first, first)), "names two groups 'blocks.0.conv1'"),
         (ChannelGroups(groups=(dataclasses.replace(first, axes=first.axes[:-1]),)), "weights that read them"),
+        (ChannelGroups(groups=(first.name,)), "must hold ChannelGroup objects, got str"),  # type: ignore[arg-type]
         (first, "groups must be a ChannelGroups"),
     ]
     for groups, message in wrong:
@@ -149,6 +150,20 @@ def test_groups_that_do_not_fit_the_model_are_refused_and_the_model_is_untouched
         ast_plugin.wrap(optimizer, model, sparsities=(0.5,), total_steps=10, groups=residual_groups())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not model._forward_pre_hooks
+
+
+def test_a_group_that_forgets_the_bias_of_what_makes_its_units_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    axes = (GroupAxis(tensor="0.weight", dim=0, role="out"), GroupAxis(tensor="2.weight", dim=1, role="in"))
+    group = ChannelGroup(name="0", kind="hidden", units=8, axes=axes)
+    options: dict[str, Any] = {"sparsities": (0.5,), "pattern": "channel", "total_steps": 10, "method": "static"}
+    with pytest.raises(
+        ConfigError, match=r"leaves '0\.bias' whole.*add GroupAxis\(tensor='0\.bias', dim=0, role='state'"
+    ):
+        ast_plugin.wrap(sgd(model), model, groups=ChannelGroups(groups=(group,)), **options)
+    group = dataclasses.replace(group, axes=(*axes, GroupAxis(tensor="0.bias", dim=0, role="state")))
+    ast_plugin.wrap(sgd(model), model, groups=ChannelGroups(groups=(group,)), **options)
+    assert model.train()(torch.zeros(3, 4)).shape == (3, 2)
 
 
 def test_numbers_of_modules_that_do_not_fit_are_refused() -> None:
