@@ -58,7 +58,7 @@ def search_copy(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise ConfigError(
             f"{type(model).__name__} cannot be copied, which the search for channel groups needs "
-            f"({first_line(error)}); pass groups=... by hand"
+            f"({first_line(error)}); pass groups=..., found by find_groups before what hinders copying, or by hand"
         ) from error
     for module in twin.modules():
         for name in _HOOKS:
