@@ -59,6 +59,7 @@ class ChannelUpdates:
         self._order = sorted(plans, key=lambda plan: plan.target_sparsity)
         self._known: dict[str, tuple[int, Units]] = {}
         self._sizes = {group.name: group.units for group in groups.groups}
+        self._targets: dict[str, dict[str, int]] = {}
         self._scores = ChannelScores(method, masks, groups, seed=config.seed)
 
     def kept(self, sub_net: str) -> Units:
@@ -87,9 +88,10 @@ class ChannelUpdates:
             weights: Dense weights by parameter name.
 
         Raises:
-            ConfigError: If the target leaves a group without any unit.
+            ConfigError: If the target leaves a group without any unit, or asks for units that a denser sub-net drops.
         """
-        self._counts(plan, plan.target_sparsity, lambda: self._scored(plan, magnitude, -1, weights, None))
+        counts = self._counts(plan, plan.target_sparsity, lambda: self._scored(plan, magnitude, -1, weights, None))
+        self._check_nested(plan, counts)
         score = self._method.drop_score if self._method.reselect else chance
         return self._select(plan, sparsity, weights, None, -1, score, inner=None)
 
@@ -141,6 +143,21 @@ class ChannelUpdates:
         """Return units as masks of weights, by parameter name."""
         return self.groups.cut_masks(units, self._masks.shapes)
 
+    def _check_nested(self, plan: SubNetPlan, counts: dict[str, int]) -> None:
+        """Refuse targets that ask a sparser sub-net for more units of a group than a denser one keeps."""
+        self._targets[plan.name] = counts
+        if not isinstance(self._config.distribution, Mapping):
+            return  # one rule for all: at most roundings differ
+        for other in self._denser(plan):
+            for name, count in counts.items():
+                held = self._targets[other.name][name]
+                if count > held + 1:
+                    raise ConfigError(
+                        f"distribution asks for {count} of {self._sizes[name]} units of channel group {name!r} in "
+                        f"sub-net {plan.name!r}, and for {held} in {other.name!r}, which is denser and has to hold "
+                        f"them all; give {plan.name!r} a higher sparsity there"
+                    )
+
     def _denser(self, plan: SubNetPlan) -> list[SubNetPlan]:
         return self._order[: self._order.index(plan)]
 
@@ -184,6 +201,9 @@ class ChannelUpdates:
             plan, sparsity, lambda: scores if compared is score else self._scored(plan, compared, -1, weights, None)
         )
         allowed = self._allowed(plan)
+        counts = _within(
+            counts, {name: self._sizes[name] if f is None else count_kept(f) for name, f in allowed.items()}
+        )
         return {
             name: _best(scores[name], count, inner=(inner or {}).get(name), allowed=allowed[name])
             for name, count in counts.items()
@@ -228,6 +248,19 @@ class ChannelUpdates:
             )
         counts = kept_units(request, shares, allow_empty_layers=False)
         return dict(zip(self._sizes, counts, strict=True))
+
+
+def _within(counts: Mapping[str, int], room: Mapping[str, int]) -> dict[str, int]:
+    """Return counts that no group is too small for, with the same sum where there is room for it."""
+    fitting = {name: min(count, room[name]) for name, count in counts.items()}
+    missing = sum(counts.values()) - sum(fitting.values())
+    while missing > 0:
+        name = max(fitting, key=lambda name: room[name] - fitting[name])
+        if fitting[name] == room[name]:
+            break
+        fitting[name] += 1
+        missing -= 1
+    return fitting
 
 
 def _best(scores: Tensor, count: int, *, inner: Tensor | None, allowed: Tensor | None) -> Tensor:

@@ -166,6 +166,17 @@ def test_a_group_that_forgets_the_bias_of_what_makes_its_units_is_refused() -> N
     assert model.train()(torch.zeros(3, 4)).shape == (3, 2)
 
 
+def test_a_sparser_sub_net_cannot_ask_for_units_that_a_denser_one_drops() -> None:
+    model = residual_net()
+    options: dict[str, Any] = {"pattern": "channel", "total_steps": 10, "groups": residual_groups(), "method": "static"}
+    shares: dict[str, Any] = {"blocks.0.conv1": {"s50": 0.9, "s75": 0.6}}
+    with pytest.raises(ConfigError, match=r"channel group 'blocks\.0\.conv1' in sub-net 's75', and for .* in 's50'"):
+        ast_plugin.wrap(sgd(model), model, sparsities=(0.5, 0.75), distribution=shares, **options)
+    assert not model._forward_pre_hooks
+    shares["blocks.0.conv1"] = {"s50": 0.25, "s75": 0.75}
+    ast_plugin.wrap(sgd(model), model, sparsities=(0.5, 0.75), distribution=shares, **options)
+
+
 def test_numbers_of_modules_that_do_not_fit_are_refused() -> None:
     model = token_net()
     model.blocks[0].attn.num_heads = 3

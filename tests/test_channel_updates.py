@@ -204,6 +204,18 @@ def test_fewer_units_than_groups_are_refused_in_words_for_channels(options: dict
     assert "allow_empty_layers" not in str(e.value)  # which means layers of weights, and would not help
 
 
+def test_counts_stay_exact_where_the_denser_sub_net_was_chosen_by_other_scores() -> None:
+    weights = random_weights()
+    made = updater(GMP, weights, sparsities=(0.5, 0.55), distribution="global", initial_sparsity=0.0)
+    made.update("s50", 12, weights, None)
+    turned = {name: weight.flip(0, 1).contiguous() ** 3 for name, weight in weights.items()}
+    turned["w0"], turned["w1"] = turned["w0"] * 100, turned["w1"] * 100  # all of g1 is ahead of all others now
+    made.update("s55", 12, turned, None)
+    kept = made.kept_units("s55")
+    assert sum(int(flags.sum()) for flags in kept.values()) == 16  # of 36
+    assert all(bool((made.kept_units("s50")[name] >= flags).all()) for name, flags in kept.items())
+
+
 def test_one_threshold_over_all_groups_leaves_a_unit_in_each() -> None:
     weights = random_weights()
     weights["w2"] *= 1e-3
