@@ -17,6 +17,7 @@ from ast_plugin.parts import RunParts
 from ast_plugin.rewinding import Mark
 from ast_plugin.sharding import is_sharding_module
 from ast_plugin.sliced_routes import is_tracing
+from ast_plugin.sliced_tensors import Small
 from ast_plugin.step import TrainingStep
 from ast_plugin.training_state import KEY, RunState
 
@@ -46,6 +47,7 @@ class RunEvents:
         self._exploring = False
         self._passing = False
         self._running = False  # may be stale after an interrupt
+        self._passed_by: Small | None = None
         self._graphs = (0, 0)  # the episode that the last graphs were recorded in, and how many there are
 
     @property
@@ -155,6 +157,8 @@ class RunEvents:
         self._parts.gradients.forget_cleared()
         if not self._chosen:
             self._parts.activation.rewind(passed)
+        if passed.small is not None and passed.small.is_passed_by():
+            self._passed_by = passed.small
         if torch.is_grad_enabled():  # create_graph: the end of this backward is not reported
             self._parts.activation.deliver_at_once(passed.small)
 
@@ -193,6 +197,9 @@ class RunEvents:
             )
         self._parts.activation.deliver()
         self._parts.activation.take_off()
+        passed_by, self._passed_by = self._passed_by, None
+        if passed_by is not None:
+            passed_by.check_arrived(self._parts.optimizer)
         # args holds the optimizer itself first.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ast_plugin.errors import ActivationError
 from ast_plugin.sliced_kernels import gather, spread, spread_differentiably, take
 from ast_plugin.sliced_plans import Cut
 
@@ -93,6 +94,31 @@ class Small:
         self._hooked = True
         for i in self._leaves:
             self.tensors[i].register_post_accumulate_grad_hook(_Delivery(self._cuts[i], self._wholes[i], delivered))
+
+    def is_passed_by(self) -> bool:
+        """Return whether the backward that is running ends at tensors that were named to it, and not here.
+
+        That is ``backward(inputs=...)`` and ``torch.autograd.grad``, which cannot know the leaves. To be called from a
+        hook of that backward.
+        """
+        edges = [torch.autograd.graph.get_gradient_edge(self.tensors[i]) for i in self._leaves[:1]]
+        return any(not torch._C._will_engine_execute_node(edge.node) for edge in edges)
+
+    def check_arrived(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse a step of an optimizer whose gradients passed the leaves by.
+
+        Raises:
+            ActivationError: If other parameters have gradients, and none of those behind the leaves.
+        """
+        wholes = (self._wholes[i] for i in self._leaves)
+        if any(whole.grad is not None and bool(whole.grad.any()) for whole in wholes):
+            return
+        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            raise ActivationError(
+                "gradients were asked for by parameter, with backward(inputs=...) or torch.autograd.grad, which does "
+                'not reach the smaller weights that stood in for those of channel groups; pass slicing="gather" to '
+                "wrap(), or call backward() without inputs"
+            )
 
     def __del__(self) -> None:
         # A gradient that arrived now would be lost without a word: nothing looks at these leaves any more.

@@ -666,3 +666,41 @@ def test_smaller_weights_are_refused_where_the_network_is_compiled() -> None:
         for name, tensor in snapshot(model).items():
             assert torch.equal(tensor, before[name])
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("how", ["backward", "grad"])
+def test_gradients_asked_for_by_parameter_are_not_lost_without_a_word(how: str) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    sliced_run(model, optimizer, "auto", method="static")
+    inputs, labels = vector_batch(0)
+    parameters = list(model.parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+    loss = functional.cross_entropy(model(inputs), labels)
+    if how == "backward":
+        loss.backward(inputs=parameters)
+    else:
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
+        ):
+            parameter.grad = gradient
+    with pytest.raises(ast_plugin.ActivationError, match='pass slicing="gather" to'):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+    optimizer.zero_grad()
+    functional.cross_entropy(model(inputs), labels).backward()
+    optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+
+
+def test_gradients_of_inputs_may_be_taken_before_a_step() -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    ast = sliced_run(model, optimizer, "leaves", method="static")
+    inputs, labels = vector_batch(0)
+    inputs.requires_grad_()
+    loss = functional.cross_entropy(model(inputs), labels)
+    (slope,) = torch.autograd.grad(loss, [inputs])
+    functional.cross_entropy(model((inputs + 0.1 * slope.sign()).detach()), labels).backward()
+    optimizer.step()
+    assert ast.step == 1
