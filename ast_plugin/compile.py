@@ -19,7 +19,8 @@ from ast_plugin.elastic_contents import StoredSubNet
 from ast_plugin.errors import ASTError, ConfigError, near_names
 from ast_plugin.patterns import BlockPattern, parse_pattern
 from ast_plugin.plain_model import plain_copy
-from ast_plugin.sliced_model import rounded_up, slice_model
+from ast_plugin.sliced_model import check_dropped, check_multiple, rounded_up, slice_model
+from ast_plugin.slots import plain_name
 from ast_plugin.sub_nets import is_number
 
 FORMS = ("auto", "dense", "sliced", "csr", "bsr", "2:4")
@@ -83,7 +84,8 @@ def compile_sub_net(
 
     Raises:
         ConfigError: If there is no such sub-net or form, or the form does not fit the sub-net or the machine.
-        ActivationError: If a form changes the outputs on the example inputs.
+        ActivationError: If a form changes the outputs on the example inputs, or would: weights of a channel sub-net were
+            changed since it was loaded, and read dropped units.
     """
     if name not in source.records:
         raise ConfigError(f"unknown sub-net {name!r}: {near_names(str(name), source.records)}")
@@ -111,6 +113,7 @@ def _sliced(source: CompileSource, name: str, options: CompileOptions) -> tuple[
     groups = source.groups or ChannelGroups(groups=())
     kept = rounded_up(groups, kept, options.multiple)
     model, _ = _dense(source, name, options)
+    check_dropped(name, groups, kept, {plain_name(key): tensor for key, tensor in model.state_dict().items()})
     inputs = LayerInputs(model, (), options.example_inputs)
     slice_model(model, groups, kept)
     inputs.check(model, "sliced")

@@ -63,6 +63,7 @@ def export_state_dict(
     Raises:
         ConfigError: If the suffix is another one, there is no such sub-net or form, or the sub-net was never trained or
             is none of pattern ``channel`` and to be sliced.
+        ActivationError: If it is to be sliced, and its weights were changed so that they read dropped units.
         SaveError: If the file cannot be written; what stood at `path` is untouched.
     """
     suffix = Path(path).suffix.lower()
@@ -123,6 +124,7 @@ def export_model(
         ConfigError: If there is no such sub-net or form, or the sub-net was never trained or is none of pattern
             ``channel`` and to be sliced.
         ElasticFileError: If the sub-net does not fit the model.
+        ActivationError: If it is to be sliced, and its weights were changed so that they read dropped units.
     """
     check_form(form)
     check_trained(source, name, allow_untrained)

@@ -59,6 +59,7 @@ def export_onnx(
         ConfigError: If there is no such sub-net or form, the sub-net was never trained, is none of pattern ``channel``
             and to be sliced, or is too large for one ONNX file.
         ElasticFileError: If the sub-net does not fit the model.
+        ActivationError: If it is to be sliced, and its weights were changed so that they read dropped units.
         SaveError: If the network cannot be exported, its outputs differ, or the file cannot be written; what stood at
             `path` is untouched.
     """
@@ -124,6 +125,7 @@ def export_program(
         ConfigError: If the suffix is another one, there is no such sub-net or form, or the sub-net was never trained or
             is none of pattern ``channel`` and to be sliced.
         ElasticFileError: If the sub-net does not fit the model.
+        ActivationError: If it is to be sliced, and its weights were changed so that they read dropped units.
         SaveError: If the network cannot be exported, its outputs differ, or the file cannot be written; what stood at
             `path` is untouched.
     """

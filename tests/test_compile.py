@@ -93,6 +93,18 @@ def test_no_hook_and_no_class_of_ours_is_in_the_module(channels: Elastic, form: 
     assert not any(place for m in module.modules() for place in (m._forward_hooks, m._forward_pre_hooks))
 
 
+def test_a_sub_net_that_was_trained_on_as_an_ordinary_model_is_not_sliced(channels: Elastic) -> None:
+    with channels.sub_net("c75") as model, torch.no_grad():
+        model.fc2.weight += 0.1
+    with pytest.raises(ActivationError, match=r"'fc2\.weight' reads dropped units .* use form='dense', or load"):
+        channels.compile("c75", "sliced")
+    assert (
+        "reads dropped units"
+        in channels.compile("c75", "auto", pictures(), seconds=0.01).compiled_form["left_out"]["sliced"]
+    )
+    channels.compile("c50", "sliced", pictures())  # another memory
+
+
 def test_a_sliced_module_is_smaller_and_says_so(channels: Elastic) -> None:
     module = channels.compile("c75", "sliced")
     assert "Conv2d(6, 6, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), groups=6, bias=False)" in repr(module)

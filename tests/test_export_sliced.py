@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import ast_plugin
 from ast_plugin.elastic import load
 from ast_plugin.elastic_file import read_elastic
-from ast_plugin.errors import ConfigError, ElasticFileError, MissingExtraError, SaveError
+from ast_plugin.errors import ActivationError, ConfigError, ElasticFileError, MissingExtraError, SaveError
 from ast_plugin.export import export_model, export_state_dict
 from ast_plugin.export_folder import export_folder
 from ast_plugin.export_graph import export_onnx, export_program
@@ -129,6 +129,21 @@ def test_another_architecture_is_refused(file: Path) -> None:
     model.attn.heads = 2
     with pytest.raises(ElasticFileError, match="expects heads of 'attn' to be 4, and it is 2"):
         export_model(read_elastic(file), "c75", model, form="sliced")
+
+
+@pytest.mark.parametrize("kind", ["state dict", "model", "program"])
+def test_a_sub_net_that_was_trained_on_as_an_ordinary_model_is_refused(file: Path, kind: str) -> None:
+    elastic = load(file, hybrid())
+    with elastic.sub_net("c75") as model, torch.no_grad():
+        model.block.project.weight += 0.1
+    with pytest.raises(ActivationError, match="reads dropped units of channel group .* use form='dense', or load"):
+        if kind == "state dict":
+            export_state_dict(elastic, "c75", file.with_name("small.pt"), form="sliced")
+        elif kind == "model":
+            export_model(elastic, "c75", hybrid(), form="sliced")
+        else:
+            export_program(elastic, "c75", hybrid(), pictures(), file.with_name("small.pt2"), form="sliced")
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 # ------------------------------------------------------------------------------------------------ never trained
