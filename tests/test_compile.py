@@ -137,6 +137,25 @@ def test_inputs_of_another_kind_are_refused(unstructured: Elastic) -> None:
         unstructured.compile("s80", "auto", [images()])
 
 
+@pytest.mark.parametrize("form", ["auto", "sliced", "csr", "bsr"])
+def test_inputs_that_the_model_does_not_accept_are_named(channels: Elastic, form: str) -> None:
+    with pytest.raises(ConfigError, match=r"example_inputs \(2 x 1 x 8 x 8\) cannot be run .*; give what the model"):
+        channels.compile("c75", form, torch.ones(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("name", [["c75"], {"c75"}, 3, None])
+def test_names_of_another_kind_are_refused(channels: Elastic, name: Any) -> None:
+    for ask in (channels.compile, channels.switch, channels.kept_channels, channels.materialize):
+        with pytest.raises(ConfigError, match=r"unknown sub-net .* Known: c50, c75"):
+            ask(name)
+
+
+@pytest.mark.parametrize("form", ["auto", "dense", "sliced"])
+def test_a_multiple_out_of_range_is_refused_whatever_the_form(channels: Elastic, form: str) -> None:
+    with pytest.raises(ConfigError, match="multiple must be a whole number of at least 1, such as 8 or 16, got 0"):
+        channels.compile("c75", form, pictures(), multiple=0)
+
+
 def test_sub_nets_of_another_pattern_cannot_be_sliced(unstructured: Elastic, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'s80' cannot be sliced: its pattern is None; .* pattern='channel'"):
         unstructured.compile("s80", "sliced")
