@@ -61,8 +61,8 @@ def export_state_dict(
         allow_untrained: Whether to write a sub-net that no step has trained.
 
     Raises:
-        ConfigError: If the suffix is another one, there is no such sub-net or form, or the sub-net was never trained or
-            is none of pattern ``channel`` and to be sliced.
+        ConfigError: If the suffix is another one, an argument is of another kind, there is no such sub-net or form, or
+            the sub-net was never trained or is none of pattern ``channel`` and to be sliced.
         ActivationError: If it is to be sliced, and its weights were changed so that they read dropped units.
         SaveError: If the file cannot be written; what stood at `path` is untouched.
     """
@@ -124,8 +124,8 @@ def export_model(
         The copy, in the training mode, on the devices and of the dtypes that `model` has.
 
     Raises:
-        ConfigError: If there is no such sub-net or form, or the sub-net was never trained or is none of pattern
-            ``channel`` and to be sliced.
+        ConfigError: If an argument is of another kind, there is no such sub-net or form, or the sub-net was never
+            trained or is none of pattern ``channel`` and to be sliced.
         ElasticFileError: If the sub-net does not fit the model.
         ActivationError: If it is to be sliced, and its weights were changed so that they read dropped units.
     """

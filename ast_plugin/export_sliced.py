@@ -193,8 +193,13 @@ def check_trained(source: Any, name: str, allowed: bool) -> None:
         allowed: Whether that is all right.
 
     Raises:
-        ConfigError: If it was never trained.
+        ConfigError: If it was never trained, or the source is none.
     """
+    if not callable(getattr(source, "materialize", None)):
+        raise ConfigError(
+            "source must be a training, what load() returned, or what read_elastic() returned, got "
+            f"{type(source).__name__}"
+        )
     if allowed:
         return
     header = getattr(source, "header", None)

@@ -269,6 +269,15 @@ def test_inputs_that_the_model_does_not_accept_are_named(file: Path, inputs: Any
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
+def test_what_is_no_source_and_no_model_is_refused(file: Path) -> None:
+    source: Any = str(file)
+    model: Any = "hybrid"
+    with pytest.raises(ConfigError, match=r"source must be a training, .* got str"):
+        export_model(source, "c75", hybrid())
+    with pytest.raises(ConfigError, match=r"model must be a torch\.nn\.Module, got str"):
+        export_model(read_elastic(file), "c75", model)
+
+
 @pytest.mark.parametrize("path", [None, 3, ""])
 def test_what_is_no_path_is_refused(file: Path, path: Any) -> None:
     with pytest.raises(ConfigError, match="path must be the path of a file"):
