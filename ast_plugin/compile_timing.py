@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.errors import ASTError, ConfigError
-from ast_plugin.report_flops import describe_inputs
 
 _MOST_ROUNDS = 100
 _LEAST_ROUNDS = 3
@@ -59,6 +58,17 @@ def first_call(model: nn.Module, example_inputs: Any) -> Any:
             f"example_inputs ({describe_inputs(example_inputs)}) cannot be run through the model: "
             f"{type(error).__name__}: {error}; give what the model accepts, on its device"
         ) from error
+
+
+def describe_inputs(example_inputs: Any) -> str:
+    """Return the shapes of an example input, such as ``1 x 3 x 32 x 32`` or ``input_ids: 1 x 128``."""
+    if isinstance(example_inputs, Tensor):
+        return " x ".join(str(size) for size in example_inputs.shape) or "one number"
+    if isinstance(example_inputs, Mapping):
+        return ", ".join(f"{name}: {describe_inputs(value)}" for name, value in example_inputs.items()) or "no input"
+    if isinstance(example_inputs, (tuple, list)):
+        return ", ".join(describe_inputs(value) for value in example_inputs) or "no input"
+    return type(example_inputs).__name__
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], *, seconds: float) -> dict[str, float]:

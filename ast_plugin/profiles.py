@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ast_plugin.compile import FORMS as KNOWN_FORMS
+from ast_plugin.compile_timing import describe_inputs
 from ast_plugin.elastic_contents import StoredSubNet
 from ast_plugin.errors import ASTError, ConfigError, near_names
 from ast_plugin.profiles_measure import (
@@ -29,7 +30,7 @@ from ast_plugin.profiles_measure import (
     threads,
 )
 from ast_plugin.profiles_records import LeftOut, Profile, ProfileRecord
-from ast_plugin.report_flops import count_flops, describe_inputs
+from ast_plugin.report_flops import count_flops
 from ast_plugin.report_format import clean
 from ast_plugin.sub_nets import check_names, check_sub_net
 from ast_plugin.version import __version__
