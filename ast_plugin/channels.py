@@ -157,8 +157,10 @@ class ChannelGroup:
             raise StateError(f"the description of a channel group is damaged: {error}") from None
         numbers = [group.units, *(n for axis in axes for n in (axis.dim, *(m for part in axis.parts for m in part)))]
         numbers += [attribute.per_unit for attribute in attributes]
+        names = [group.name, *(axis.tensor for axis in axes), *(n for a in attributes for n in (a.module, a.name))]
         if (
-            group.kind not in _KINDS
+            not all(isinstance(name, str) for name in names)
+            or group.kind not in _KINDS
             or any(axis.role not in _ROLES for axis in axes)
             or not all(type(number) is int and number >= 0 for number in numbers)
         ):

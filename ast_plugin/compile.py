@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.channels import ChannelGroups
-from ast_plugin.compile_layers import LayerForm, LayerInputs, compress_layers
+from ast_plugin.compile_layers import LayerForm, LayerInputs, compress_layers, reproducible
 from ast_plugin.compile_semi_structured import two_of_four
-from ast_plugin.compile_timing import call, interleaved
+from ast_plugin.compile_timing import call, first_call, interleaved
 from ast_plugin.elastic_channels import CHANNEL
 from ast_plugin.elastic_contents import StoredSubNet
 from ast_plugin.errors import ASTError, ConfigError, near_names
 from ast_plugin.patterns import BlockPattern, parse_pattern
 from ast_plugin.plain_model import plain_copy
-from ast_plugin.sliced_model import rounded_up, slice_model
+from ast_plugin.sliced_model import check_dropped, check_multiple, rounded_up, slice_model
+from ast_plugin.slots import plain_name
 from ast_plugin.sub_nets import is_number
 
 FORMS = ("auto", "dense", "sliced", "csr", "bsr", "2:4")
@@ -82,13 +83,16 @@ def compile_sub_net(
         seconds: How long to measure, about.
 
     Raises:
-        ConfigError: If there is no such sub-net or form, or the form does not fit the sub-net or the machine.
-        ActivationError: If a form changes the outputs on the example inputs.
+        ConfigError: If there is no such sub-net or form, or the form does not fit the sub-net or the machine,
+            or the model cannot be run on the example inputs.
+        ActivationError: If a form changes the outputs on the example inputs, or would: weights of a channel sub-net
+            were changed since it was loaded, and read dropped units.
     """
-    if name not in source.records:
+    if name not in tuple(source.records):
         raise ConfigError(f"unknown sub-net {name!r}: {near_names(str(name), source.records)}")
     if form not in FORMS:
         raise ConfigError(f"unknown form {form!r}: {near_names(str(form), FORMS)}")
+    check_multiple(multiple)
     if not is_number(seconds) or not 0 < seconds < float("inf"):
         raise ConfigError(f"seconds must be a number above 0, got {seconds!r}")
     edge = _block_size(source.records[name]) if block_size is None else block_size
@@ -111,6 +115,7 @@ def _sliced(source: CompileSource, name: str, options: CompileOptions) -> tuple[
     groups = source.groups or ChannelGroups(groups=())
     kept = rounded_up(groups, kept, options.multiple)
     model, _ = _dense(source, name, options)
+    check_dropped(name, groups, kept, {plain_name(key): tensor for key, tensor in model.state_dict().items()})
     inputs = LayerInputs(model, (), options.example_inputs)
     slice_model(model, groups, kept)
     inputs.check(model, "sliced")
@@ -167,6 +172,9 @@ def _fastest(source: CompileSource, name: str, options: CompileOptions) -> nn.Mo
         if "layers" in about and not any(layer["form"] == form for layer in about["layers"]):
             left_out[form] = "pays in no layer"
             continue
+        if form == "dense":
+            with reproducible():
+                first_call(module, options.example_inputs)  # what is wrong with the inputs is no reason to leave out
         candidates[form], told[form] = module, about
     with torch.inference_mode():
         times = interleaved(

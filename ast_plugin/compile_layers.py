@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.compile_linear import DTYPES, Layout, LinearLayer, SparseLinear, linear_layers, replace
-from ast_plugin.compile_timing import call, interleaved, same_outputs
+from ast_plugin.compile_timing import call, first_call, interleaved, same_outputs
 from ast_plugin.errors import ActivationError, ConfigError
 
 _WORTH_TRYING = 0.3  # share of zeros below which sparse products never pay
@@ -51,6 +51,9 @@ class LayerInputs:
     Attributes:
         known: Whether there was a run.
         output: The output of the model.
+
+    Raises:
+        ConfigError: If the model cannot be run on the example inputs.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[LinearLayer], example_inputs: Any) -> None:
@@ -65,7 +68,7 @@ class LayerInputs:
         ]
         try:
             with reproducible():
-                self.output = call(model, example_inputs)
+                self.output = first_call(model, example_inputs)
         finally:
             for handle in handles:
                 handle.remove()

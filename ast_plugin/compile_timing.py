@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ast_plugin.errors import ConfigError
+from ast_plugin.errors import ASTError, ConfigError
 
 _MOST_ROUNDS = 100
 _LEAST_ROUNDS = 3
@@ -37,6 +37,38 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
         "example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword arguments, got "
         f"{type(example_inputs).__name__}"
     )
+
+
+def first_call(model: nn.Module, example_inputs: Any) -> Any:
+    """Run a model on example inputs that nothing has been tried on yet.
+
+    Args:
+        model: The model.
+        example_inputs: As in `call`.
+
+    Raises:
+        ConfigError: If they are something else, or the model cannot be run on them; its own error is chained.
+    """
+    try:
+        return call(model, example_inputs)
+    except ASTError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"example_inputs ({describe_inputs(example_inputs)}) cannot be run through the model: "
+            f"{type(error).__name__}: {error}; give what the model accepts, on its device"
+        ) from error
+
+
+def describe_inputs(example_inputs: Any) -> str:
+    """Return the shapes of an example input, such as ``1 x 3 x 32 x 32`` or ``input_ids: 1 x 128``."""
+    if isinstance(example_inputs, Tensor):
+        return " x ".join(str(size) for size in example_inputs.shape) or "one number"
+    if isinstance(example_inputs, Mapping):
+        return ", ".join(f"{name}: {describe_inputs(value)}" for name, value in example_inputs.items()) or "no input"
+    if isinstance(example_inputs, (tuple, list)):
+        return ", ".join(describe_inputs(value) for value in example_inputs) or "no input"
+    return type(example_inputs).__name__
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], *, seconds: float) -> dict[str, float]:

@@ -122,6 +122,8 @@ class DynamicInference:
                 "a profile that was measured before"
             )
         check_counts(runs=runs, warmup=warmup)
+        if not isinstance(hysteresis, Hysteresis | None):
+            raise ConfigError(f"hysteresis must be a Hysteresis(...), got {hysteresis!r}")
         self._ask = budget_ms if callable(budget_ms) else None
         budget = checked_budget(budget_ms() if callable(budget_ms) else budget_ms)
         chosen = chosen_sub_nets(elastic, sub_nets, profile)

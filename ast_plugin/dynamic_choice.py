@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from ast_plugin.elastic_contents import StoredSubNet
 from ast_plugin.errors import ConfigError, near_names
 from ast_plugin.profiles import SubNets
 from ast_plugin.profiles_records import Profile
-from ast_plugin.sub_nets import check_sub_net, is_number
+from ast_plugin.sub_nets import check_names, check_sub_net, is_number
 
+_LARGEST = sys.float_info.max  # whole numbers have no end
 Order = Callable[[Mapping[str, float]], list[Candidate]]
 
 
@@ -66,7 +68,7 @@ def checked_budget(value: Any) -> float:
     Raises:
         ConfigError: If it is no number above 0.
     """
-    if not is_number(value) or math.isnan(value) or value <= 0:
+    if not is_number(value) or not (0 < value <= _LARGEST or value == math.inf):
         raise ConfigError(
             f"budget_ms must be a number of milliseconds above 0, or a function that returns one, got {value!r}; "
             "math.inf stands for no limit"
@@ -85,8 +87,11 @@ def chosen_sub_nets(elastic: SubNets, sub_nets: Sequence[str] | None, profile: P
     Raises:
         ConfigError: If one is unknown or was not measured, or there are none.
     """
-    if isinstance(sub_nets, str) or (sub_nets is not None and not sub_nets):
-        raise ConfigError(f"sub_nets must be a list of at least one name, got {sub_nets!r}")
+    if profile is not None and not isinstance(profile, Profile):
+        raise ConfigError(
+            f"profile must be what profile() or Profile.from_dict() returned, got a {type(profile).__name__}"
+        )
+    check_names("sub_nets", sub_nets)
     if sub_nets is None and profile is not None:
         sub_nets = profile.sub_nets
     chosen = tuple(dict.fromkeys(elastic.sub_nets if sub_nets is None else sub_nets))

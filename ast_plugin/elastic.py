@@ -253,8 +253,8 @@ class Elastic:
             seconds: How long to measure, about.
 
         Raises:
-            ConfigError: If there is no such sub-net or form, or the form does not fit the sub-net or the machine; the
-                message says what does.
+            ConfigError: If there is no such sub-net or form, or the form does not fit the sub-net or the machine, or
+                `example_inputs` do not fit the model; the message says what does.
             ActivationError: As for `switch`, or if a form changes the outputs.
         """
         return compile_sub_net(
@@ -265,7 +265,7 @@ class Elastic:
         return f"Elastic({self.path!r}, sub_nets={self.sub_nets!r}, active={self._active!r})"
 
     def _check_sub_net(self, name: str) -> None:
-        if name not in self._own:
+        if name not in self.sub_nets:
             raise ConfigError(f"unknown sub-net {name!r}: {near_names(str(name), self.sub_nets)}")
 
     def _check_current(self) -> None:

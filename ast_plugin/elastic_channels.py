@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -29,11 +30,23 @@ def stored_groups(path: str, header: Mapping[str, Any]) -> ChannelGroups | None:
     if not described:
         return None
     try:
-        return ChannelGroups(groups=tuple(ChannelGroup.from_dict(group) for group in described))
+        groups = tuple(ChannelGroup.from_dict(group) for group in described)
+        _check_apart(groups)
+        return ChannelGroups(groups=groups)
     except (StateError, TypeError, AttributeError) as error:
         raise ElasticFileError(
             f"{path!r} does not follow the elastic format: {error}; save it again with save() of this package"
         ) from error
+
+
+def _check_apart(groups: Sequence[ChannelGroup]) -> None:
+    """Raise unless names are told apart and every dimension of a tensor belongs to one group."""
+    names = Counter(repr(group.name) for group in groups)
+    places = Counter(f"dimension {axis.dim} of {axis.tensor!r}" for group in groups for axis in group.axes)
+    twice = [f"channel group {name}" for name, count in names.items() if count > 1]
+    twice += [place for place, count in places.items() if count > 1]
+    if twice:
+        raise StateError(f"its channel groups have {twice[0]} twice")
 
 
 def stored_units(contents: ElasticContents) -> dict[str, dict[str, Tensor]]:

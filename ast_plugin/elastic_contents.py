@@ -229,7 +229,7 @@ class ElasticContents:
 
     def check_sub_net(self, name: str) -> None:
         """Raise a `ConfigError` that offers the near names unless the file holds a sub-net `name`."""
-        if name not in self.records:
+        if name not in self.sub_nets:
             raise ConfigError(f"{self.path!r} holds no sub-net {name!r}; {near_names(str(name), self.sub_nets)}")
 
     def _union(self, name: str) -> Tensor:

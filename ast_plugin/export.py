@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ast_plugin.checkpoint import save_archive
 from ast_plugin.errors import ConfigError
 from ast_plugin.export_sliced import check_form, check_trained, sizes_path, sliced_copy, sliced_state, write_sizes
-from ast_plugin.files import atomic_write
+from ast_plugin.files import atomic_write, file_path
 from ast_plugin.plain_model import plain_copy
 from ast_plugin.slots import plain_name
 
@@ -61,11 +61,12 @@ def export_state_dict(
         allow_untrained: Whether to write a sub-net that no step has trained.
 
     Raises:
-        ConfigError: If the suffix is another one, there is no such sub-net or form, or the sub-net was never trained or
-            is none of pattern ``channel`` and to be sliced.
+        ConfigError: If the suffix is another one, an argument is of another kind, there is no such sub-net or form, or
+            the sub-net was never trained or is none of pattern ``channel`` and to be sliced.
+        ActivationError: If it is to be sliced, and its weights were changed so that they read dropped units.
         SaveError: If the file cannot be written; what stood at `path` is untouched.
     """
-    suffix = Path(path).suffix.lower()
+    suffix = file_path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise ConfigError(
             f"path must end in .safetensors, .pt or .pth, got {os.fspath(path)!r}; the suffix chooses the format"
@@ -77,21 +78,24 @@ def export_state_dict(
     if form == "sliced":
         state, sizes = sliced_state(source, name, state, multiple)
     state = {key: tensor.cpu() for key, tensor in state.items()}
-    write: Callable[[Path], None]
+    fill: Callable[[Path], None]
     if suffix != ".safetensors":
 
-        def write(temporary: Path) -> None:
+        def fill(temporary: Path) -> None:
             save_archive(state, temporary)
 
     else:
 
-        def write(temporary: Path) -> None:
+        def fill(temporary: Path) -> None:
             # Fresh memory for each, because safetensors refuses tensors that share it. Transformers wants the format.
             plain = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
             save_file(plain, temporary, metadata={"format": "pt", "sub_net": name})
 
-    if sizes is not None:
-        write_sizes(sizes_path(path), sizes)
+    def write(temporary: Path) -> None:
+        fill(temporary)
+        if sizes is not None:  # as late as possible: the older pair of files stays together if something fails
+            write_sizes(sizes_path(path), sizes)
+
     atomic_write(path, write)
 
 
@@ -120,9 +124,10 @@ def export_model(
         The copy, in the training mode, on the devices and of the dtypes that `model` has.
 
     Raises:
-        ConfigError: If there is no such sub-net or form, or the sub-net was never trained or is none of pattern
-            ``channel`` and to be sliced.
+        ConfigError: If an argument is of another kind, there is no such sub-net or form, or the sub-net was never
+            trained or is none of pattern ``channel`` and to be sliced.
         ElasticFileError: If the sub-net does not fit the model.
+        ActivationError: If it is to be sliced, and its weights were changed so that they read dropped units.
     """
     check_form(form)
     check_trained(source, name, allow_untrained)

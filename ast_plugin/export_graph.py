@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ast_plugin.compile_timing import call, output_tensors, same_outputs
+from ast_plugin.compile_timing import call, first_call, output_tensors, same_outputs
 from ast_plugin.errors import ConfigError, SaveError, missing_extra
 from ast_plugin.export import SubNetSource, export_model
-from ast_plugin.files import atomic_write, atomic_write_bytes
+from ast_plugin.files import atomic_write, atomic_write_bytes, file_path
 
 _ONNX_PACKAGES = ("onnx", "onnxscript")
 _ONNX_RUNTIME = "onnxruntime"
@@ -57,8 +57,9 @@ def export_onnx(
     Raises:
         MissingExtraError: If the packages of the extra ``onnx`` are not installed.
         ConfigError: If there is no such sub-net or form, the sub-net was never trained, is none of pattern ``channel``
-            and to be sliced, or is too large for one ONNX file.
+            and to be sliced, or is too large for one ONNX file, or the network cannot be run on the example inputs.
         ElasticFileError: If the sub-net does not fit the model.
+        ActivationError: If it is to be sliced, and its weights were changed so that they read dropped units.
         SaveError: If the network cannot be exported, its outputs differ, or the file cannot be written; what stood at
             `path` is untouched.
     """
@@ -72,21 +73,28 @@ def export_onnx(
             f"sub-net {name!r} has {size / 1e9:.1f} GB of weights, and one ONNX file holds 2 GB; call export_model and "
             "torch.onnx.export(..., external_data=True) on what it returns"
         )
+    with torch.no_grad():
+        expected = first_call(plain, example_inputs)
     args, kwargs = _arguments(example_inputs)
 
     def write(temporary: Path) -> None:
-        torch.onnx.export(
-            plain,
-            args,
-            temporary,
-            kwargs=kwargs or None,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-            dynamic_shapes=dynamic_shapes,
-        )
+        try:
+            torch.onnx.export(
+                plain,
+                args,
+                temporary,
+                kwargs=kwargs or None,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+                dynamic_shapes=dynamic_shapes,
+            )
+        except OSError:
+            raise
+        except Exception as error:  # of many kinds, as below
+            raise _not_expressed("torch.onnx", name, error) from error
         if check:
-            _check_onnx(temporary, plain, example_inputs)
+            _check_onnx(temporary, expected, example_inputs)
 
     atomic_write(path, write)
 
@@ -122,23 +130,26 @@ def export_program(
 
     Raises:
         ConfigError: If the suffix is another one, there is no such sub-net or form, or the sub-net was never trained or
-            is none of pattern ``channel`` and to be sliced.
+            is none of pattern ``channel`` and to be sliced, or the network cannot be run on the example inputs.
         ElasticFileError: If the sub-net does not fit the model.
+        ActivationError: If it is to be sliced, and its weights were changed so that they read dropped units.
         SaveError: If the network cannot be exported, its outputs differ, or the file cannot be written; what stood at
             `path` is untouched.
     """
-    if Path(path).suffix.lower() != ".pt2":
+    if file_path(path).suffix.lower() != ".pt2":
         raise ConfigError(f"path must end in .pt2, as torch.export calls its programs, got {os.fspath(path)!r}")
     plain = export_model(source, name, model, form=form, multiple=multiple, allow_untrained=allow_untrained).eval()
+    with torch.no_grad():
+        expected = first_call(plain, example_inputs)
     args, kwargs = _arguments(example_inputs)
     file = io.BytesIO()
     try:
         program = torch.export.export(plain, args, kwargs, dynamic_shapes=dynamic_shapes)
         torch.export.save(program, file)
     except Exception as error:  # of many kinds, none of them documented
-        raise SaveError(f"torch.export cannot express sub-net {name!r}: {error}") from error
+        raise _not_expressed("torch.export", name, error) from error
     with torch.no_grad():
-        if not same_outputs(call(plain, example_inputs), call(program.module(), example_inputs)):
+        if not same_outputs(expected, call(program.module(), example_inputs)):
             raise SaveError(f"the exported program of sub-net {name!r} gives other outputs than the model")
     atomic_write_bytes(path, file.getvalue())
 
@@ -149,7 +160,14 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
 
 
-def _check_onnx(file: Path, plain: nn.Module, example_inputs: Any) -> None:
+def _not_expressed(exporter: str, name: str, error: Exception) -> SaveError:
+    return SaveError(
+        f"{exporter} cannot express sub-net {name!r}: {error}; change what this names in the model (in those of "
+        "Hugging Face often the cache: model.config.use_cache = False)"
+    )
+
+
+def _check_onnx(file: Path, expected: Any, example_inputs: Any) -> None:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
@@ -161,7 +179,5 @@ def _check_onnx(file: Path, plain: nn.Module, example_inputs: Any) -> None:
             "be compared; pass check=False and compare them yourself"
         )
     outputs = [torch.from_numpy(found) for found in session.run(None, dict(zip(names, given, strict=True)))]
-    with torch.no_grad():
-        expected = [tensor.cpu() for tensor in output_tensors(call(plain, example_inputs))]
-    if not same_outputs(expected, outputs):
+    if not same_outputs([tensor.cpu() for tensor in output_tensors(expected)], outputs):
         raise SaveError("ONNX Runtime gives other outputs than the model; nothing was written")

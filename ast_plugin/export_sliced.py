@@ -20,7 +20,7 @@ from ast_plugin.elastic_channels import check_channel, stored_groups, stored_uni
 from ast_plugin.elastic_contents import ElasticContents
 from ast_plugin.errors import ConfigError, ElasticFileError, near_names
 from ast_plugin.files import atomic_write_text
-from ast_plugin.sliced_model import rounded_up, slice_model, sliced_sizes
+from ast_plugin.sliced_model import check_dropped, rounded_up, slice_model, sliced_sizes
 from ast_plugin.slots import plain_name
 
 FORMS = ("dense", "sliced")
@@ -103,8 +103,10 @@ def sliced_copy(source: Any, name: str, plain: nn.Module, multiple: int) -> nn.M
     Raises:
         ConfigError: If it is no channel sub-net.
         ElasticFileError: If its groups do not fit the model.
+        ActivationError: If its weights were changed since it was loaded, and read dropped units.
     """
     groups, kept = channels_of(source, name, multiple)
+    check_dropped(name, groups, kept, {plain_name(key): part for key, part in plain.state_dict().items()})
     slice_model(plain, groups, kept)
     return plain
 
@@ -126,6 +128,7 @@ def sliced_state(
     Raises:
         ConfigError: If it is no channel sub-net.
         ElasticFileError: If its groups do not fit the state dict.
+        ActivationError: If its weights were changed since it was loaded, and read dropped units.
     """
     groups, kept = channels_of(source, name, multiple)
     cuts = {plain_name(key): cut for key, cut in slices(groups.groups, kept).items()}
@@ -142,6 +145,7 @@ def sliced_state(
             f"{tied[0]!r} is tied to a tensor of a channel group, and tied weights cannot be sliced; untie them in the "
             "model before it is trained"
         )
+    check_dropped(name, groups, kept, state)
     with torch.no_grad():
         smaller = {key: cuts[key].take(tensor.cpu()) if key in cuts else tensor for key, tensor in state.items()}
     sizes = sliced_sizes(groups, kept, {key: tuple(tensor.shape) for key, tensor in state.items()})
@@ -189,8 +193,13 @@ def check_trained(source: Any, name: str, allowed: bool) -> None:
         allowed: Whether that is all right.
 
     Raises:
-        ConfigError: If it was never trained.
+        ConfigError: If it was never trained, or the source is none.
     """
+    if not callable(getattr(source, "materialize", None)):
+        raise ConfigError(
+            "source must be a training, what load() returned, or what read_elastic() returned, got "
+            f"{type(source).__name__}"
+        )
     if allowed:
         return
     header = getattr(source, "header", None)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ast_plugin.errors import ElasticFileError
+from ast_plugin.errors import ConfigError, ElasticFileError
 from ast_plugin.slots import bare_model, plain_name
 
 HOOKS = (
@@ -33,8 +33,11 @@ def plain_copy(model: nn.Module, name: str, state: Mapping[str, Tensor]) -> nn.M
         state: Its state dict.
 
     Raises:
+        ConfigError: If `model` is no module.
         ElasticFileError: If the sub-net does not fit the model.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}; give the architecture")
     values = {plain_name(key): tensor for key, tensor in state.items()}
     with torch.inference_mode(False):
         plain = copy.deepcopy(bare_model(model))

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ast_plugin.compile import FORMS as KNOWN_FORMS
+from ast_plugin.compile_timing import describe_inputs
 from ast_plugin.elastic_contents import StoredSubNet
 from ast_plugin.errors import ASTError, ConfigError, near_names
 from ast_plugin.profiles_measure import (
@@ -29,12 +30,13 @@ from ast_plugin.profiles_measure import (
     threads,
 )
 from ast_plugin.profiles_records import LeftOut, Profile, ProfileRecord
-from ast_plugin.report_flops import count_flops, describe_inputs
+from ast_plugin.report_flops import count_flops
 from ast_plugin.report_format import clean
-from ast_plugin.sub_nets import check_sub_net
+from ast_plugin.sub_nets import check_names, check_sub_net
 from ast_plugin.version import __version__
 
 FORMS = ("dense", "sliced", "csr", "bsr")
+_MOST_THREADS = 256
 
 Build = Callable[[str, str], Runnable]
 
@@ -88,8 +90,7 @@ def profile(
             nothing is left to measure.
     """
     for what, names in (("forms", forms), ("sub_nets", sub_nets)):
-        if isinstance(names, str) or (names is not None and not names):
-            raise ConfigError(f"{what} must be a list of at least one name, got {names!r}")
+        check_names(what, names)
     chosen = tuple(dict.fromkeys(elastic.sub_nets if sub_nets is None else sub_nets))
     for name in chosen:
         check_sub_net(name, elastic.sub_nets)
@@ -244,7 +245,8 @@ def check_counts(**counts: int | None) -> None:
     """Refuse counts that are none.
 
     Args:
-        **counts: By the name of the parameter; None passes. `warmup` may be 0, all others are at least 1.
+        **counts: By the name of the parameter; None passes. `warmup` may be 0, all others are at least 1. `num_threads`
+            is at most what torch can surely start.
 
     Raises:
         ConfigError: If one is no whole number or too small.
@@ -253,3 +255,8 @@ def check_counts(**counts: int | None) -> None:
         least = 0 if name == "warmup" else 1
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        most = max(_MOST_THREADS, os.cpu_count() or 1)
+        if name == "num_threads" and value is not None and value > most:  # torch would end the process
+            raise ConfigError(
+                f"num_threads must be at most {most}, got {value!r}; this machine has {os.cpu_count()} cores"
+            )

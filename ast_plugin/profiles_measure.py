@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ast_plugin.compile_timing import describe_inputs
 from ast_plugin.errors import ConfigError
-from ast_plugin.report_flops import describe_inputs, run_on
+from ast_plugin.report_flops import run_on
 
 Runnable = Callable[..., Any]
 Clock = Callable[[], float]

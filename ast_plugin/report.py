@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ast_plugin.compile_timing import describe_inputs
 from ast_plugin.errors import StateError
 from ast_plugin.files import atomic_write_text
-from ast_plugin.report_flops import count_flops, describe_inputs
+from ast_plugin.report_flops import count_flops
 from ast_plugin.report_gather import ElasticView, TrainingView, gather
 from ast_plugin.report_records import (
     ConflictPoint,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ast_plugin.compile_timing import describe_inputs
 from ast_plugin.errors import ConfigError
 from ast_plugin.slots import plain_name
 
@@ -84,17 +85,6 @@ def count_flops(model: nn.Module, parameters: Sequence[str], example_inputs: Any
         total=counter.get_total_flops() - attribution.skipped,
         layers={name: attribution.layers.get(name, 0) for name in parameters},
     )
-
-
-def describe_inputs(example_inputs: Any) -> str:
-    """Return the shapes of an example input, such as ``1 x 3 x 32 x 32`` or ``input_ids: 1 x 128``."""
-    if isinstance(example_inputs, Tensor):
-        return " x ".join(str(size) for size in example_inputs.shape) or "one number"
-    if isinstance(example_inputs, Mapping):
-        return ", ".join(f"{name}: {describe_inputs(value)}" for name, value in example_inputs.items()) or "no input"
-    if isinstance(example_inputs, (tuple, list)):
-        return ", ".join(describe_inputs(value) for value in example_inputs) or "no input"
-    return type(example_inputs).__name__
 
 
 class _Attribution(TorchDispatchMode):

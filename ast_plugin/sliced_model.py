@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.channels import ChannelGroup, ChannelGroups, GroupAxis, Slice, attribute_values, slices
-from ast_plugin.errors import ConfigError, ElasticFileError
+from ast_plugin.errors import ActivationError, ConfigError, ElasticFileError
 from ast_plugin.slots import plain_name
 
 # What modules call the sizes of a weight, by the role of its dimension: torch's layers, and Hugging Face's Conv1D.
@@ -56,8 +56,7 @@ def rounded_up(groups: ChannelGroups, kept: Mapping[str, Tensor], multiple: int)
     Raises:
         ConfigError: If `multiple` is no whole number of at least 1.
     """
-    if type(multiple) is not int or multiple < 1:
-        raise ConfigError(f"multiple must be a whole number of at least 1, such as 8 or 16, got {multiple!r}")
+    check_multiple(multiple)
     found = {}
     for group in groups.groups:
         flags = kept[group.name].clone()
@@ -66,6 +65,39 @@ def rounded_up(groups: ChannelGroups, kept: Mapping[str, Tensor], multiple: int)
             flags[flags.logical_not().nonzero().reshape(-1)[:lacking]] = True
         found[group.name] = flags
     return found
+
+
+def check_multiple(multiple: int) -> None:
+    """Raise a `ConfigError` unless `multiple` is a whole number of at least 1."""
+    if type(multiple) is not int or multiple < 1:
+        raise ConfigError(f"multiple must be a whole number of at least 1, such as 8 or 16, got {multiple!r}")
+
+
+def check_dropped(name: str, groups: ChannelGroups, kept: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Make sure that nothing reads the dropped units of a sub-net, so that cutting them out changes no output.
+
+    Args:
+        name: The sub-net, for the message.
+        groups: The groups.
+        kept: By group name, bool (units,), True = kept.
+        state: Its tensors by name; those that are missing are not looked at.
+
+    Raises:
+        ActivationError: If a weight that reads a dropped unit is not zero.
+    """
+    for group in groups.groups:
+        dropped = (~kept[group.name]).nonzero().reshape(-1)
+        for axis in group.axes_of("in") if len(dropped) else ():
+            weight = state.get(axis.tensor)
+            if weight is None:
+                continue
+            axis.check(group.units, weight.shape)
+            if weight.detach().index_select(axis.dim, axis.indices(dropped).to(weight.device)).any():
+                raise ActivationError(
+                    f"sub-net {name!r} cannot be sliced: {axis.tensor!r} reads dropped units of channel group "
+                    f"{group.name!r}, so it was changed since it was loaded, and cutting them out would change the "
+                    "outputs; use form='dense', or load the elastic file again"
+                )
 
 
 def sliced_sizes(

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ast_plugin.errors import ConfigError, near_names
@@ -99,6 +99,21 @@ def check_sub_net(name: str, sub_nets: Sequence[str]) -> None:
     """
     if name not in sub_nets:
         raise ConfigError(f"there is no sub-net {name!r}: {near_names(str(name), sub_nets)}")
+
+
+def check_names(parameter: str, names: Sequence[str] | None) -> None:
+    """Refuse what is no list of names.
+
+    Args:
+        parameter: What the list was given for.
+        names: The list; None passes.
+
+    Raises:
+        ConfigError: If it is something else, or empty.
+    """
+    fine = isinstance(names, Collection) and not isinstance(names, (str, bytes, Mapping)) and len(names) > 0
+    if names is not None and not (fine and all(isinstance(name, str) for name in names)):
+        raise ConfigError(f"{parameter} must be a list of at least one name, got {names!r}")
 
 
 def is_n_of_m(text: str) -> bool:

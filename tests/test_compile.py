@@ -93,6 +93,18 @@ def test_no_hook_and_no_class_of_ours_is_in_the_module(channels: Elastic, form: 
     assert not any(place for m in module.modules() for place in (m._forward_hooks, m._forward_pre_hooks))
 
 
+def test_a_sub_net_that_was_trained_on_as_an_ordinary_model_is_not_sliced(channels: Elastic) -> None:
+    with channels.sub_net("c75") as model, torch.no_grad():
+        model.fc2.weight += 0.1
+    with pytest.raises(ActivationError, match=r"'fc2\.weight' reads dropped units .* use form='dense', or load"):
+        channels.compile("c75", "sliced")
+    assert (
+        "reads dropped units"
+        in channels.compile("c75", "auto", pictures(), seconds=0.01).compiled_form["left_out"]["sliced"]
+    )
+    channels.compile("c50", "sliced", pictures())  # another memory
+
+
 def test_a_sliced_module_is_smaller_and_says_so(channels: Elastic) -> None:
     module = channels.compile("c75", "sliced")
     assert "Conv2d(6, 6, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), groups=6, bias=False)" in repr(module)
@@ -123,6 +135,25 @@ def test_options_out_of_range_are_refused(unstructured: Elastic, options: dict[s
 def test_inputs_of_another_kind_are_refused(unstructured: Elastic) -> None:
     with pytest.raises(ConfigError, match=r"example_inputs must be a tensor, a tuple .* got list"):
         unstructured.compile("s80", "auto", [images()])
+
+
+@pytest.mark.parametrize("form", ["auto", "sliced", "csr", "bsr"])
+def test_inputs_that_the_model_does_not_accept_are_named(channels: Elastic, form: str) -> None:
+    with pytest.raises(ConfigError, match=r"example_inputs \(2 x 1 x 8 x 8\) cannot be run .*; give what the model"):
+        channels.compile("c75", form, torch.ones(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("name", [["c75"], {"c75"}, 3, None])
+def test_names_of_another_kind_are_refused(channels: Elastic, name: Any) -> None:
+    for ask in (channels.compile, channels.switch, channels.kept_channels, channels.materialize):
+        with pytest.raises(ConfigError, match=r"unknown sub-net .* Known: c50, c75"):
+            ask(name)
+
+
+@pytest.mark.parametrize("form", ["auto", "dense", "sliced"])
+def test_a_multiple_out_of_range_is_refused_whatever_the_form(channels: Elastic, form: str) -> None:
+    with pytest.raises(ConfigError, match="multiple must be a whole number of at least 1, such as 8 or 16, got 0"):
+        channels.compile("c75", form, pictures(), multiple=0)
 
 
 def test_sub_nets_of_another_pattern_cannot_be_sliced(unstructured: Elastic, tmp_path: Path) -> None:

@@ -303,7 +303,9 @@ def test_a_profile_that_was_measured_before_is_used_instead(machine: Machine) ->
     assert dynamic.active == "s95"
 
 
-@pytest.mark.parametrize("budget", [0, -1, math.nan, "10", None, True, [10], lambda: 0, lambda: math.nan, lambda: "x"])
+@pytest.mark.parametrize(
+    "budget", [0, -1, 10**400, math.nan, "10", None, True, [10], lambda: 0, lambda: math.nan, lambda: "x"]
+)
 def test_what_is_no_budget_is_refused(budget: Any, machine: Machine) -> None:
     complaint = "budget_ms must be a number of milliseconds above 0, or a function that returns one, got"
     with pytest.raises(ConfigError, match=complaint):
@@ -326,6 +328,16 @@ def test_what_is_no_budget_is_refused(budget: Any, machine: Machine) -> None:
         ({"metric": "other", "sub_nets": ["s90"]}, "there is no sub-net 's90': did you mean"),
         ({"metric": "other", "sub_nets": "s50"}, "sub_nets must be a list of at least one name, got 's50'"),
         ({"metric": "other", "sub_nets": []}, "sub_nets must be a list of at least one name"),
+        ({"metric": "other", "sub_nets": 3}, "sub_nets must be a list of at least one name, got 3"),
+        (
+            {"metric": "other", "sub_nets": [["s50"]]},
+            r"sub_nets must be a list of at least one name, got \[\['s50'\]\]",
+        ),
+        (
+            {"metric": "other", "hysteresis": {"enter": 1}},
+            r"hysteresis must be a Hysteresis\(\.\.\.\), got \{'enter': 1\}",
+        ),
+        ({"metric": "other", "profile": {}}, r"profile must be what profile\(\) .* returned, got a dict"),
         ({"metric": "other", "runs": 0}, "runs must be a whole number of at least 1, got 0"),
         ({"metric": "other", "warmup": -1}, "warmup must be a whole number of at least 0, got -1"),
         ({"metric": "nan"}, "metric 'nan' of sub-net 's80' is no number"),

@@ -595,12 +595,22 @@ def test_sub_nets_of_several_patterns_are_told_apart(tmp_path: Path) -> None:
         elastic.kept_channels("c75")
 
 
+READS = {"tensor": "fc2.weight", "dim": 1, "role": "in", "parts": [[0, 1]]}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"units": 31}, "do not fit its tensors: 31 units in parts"),
         ({"axes": [{"tensor": "fc9.weight", "dim": 0, "role": "in", "parts": [[0, 1]]}]}, "do not fit its tensors"),
         ({"units": "32"}, "does not follow the elastic format: the description of channel group 'fc1' is damaged"),
+        ({"name": "attn.qkv"}, "its channel groups have channel group 'attn.qkv' twice"),
+        ({"name": ["fc1"]}, r"the description of channel group \['fc1'\] is damaged"),
+        (
+            {"attributes": [{"module": "", "name": 3, "per_unit": 1}]},
+            "the description of channel group 'fc1' is damaged",
+        ),
+        ({"axes": 2 * [READS]}, "its channel groups have dimension 1 of 'fc2.weight' twice"),
         ({"colour": "red"}, "does not follow the elastic format: the description of a channel group is damaged"),
     ],
 )

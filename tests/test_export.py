@@ -399,7 +399,7 @@ def test_a_network_that_onnx_cannot_express_keeps_the_old_file(tmp_path: Path) -
             return super().forward(images) if images.sum() > 0 else images
 
     (tmp_path / "a.onnx").write_bytes(b"old")
-    with pytest.raises(SaveError, match="cannot write"):
+    with pytest.raises(SaveError, match=r"torch\.onnx cannot express sub-net 's80': "):
         export_onnx(FakeTraining(), "s80", Branching(), images(), tmp_path / "a.onnx")
     assert (tmp_path / "a.onnx").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import ast_plugin
 from ast_plugin.elastic import load
 from ast_plugin.elastic_file import read_elastic
-from ast_plugin.errors import ConfigError, ElasticFileError, MissingExtraError, SaveError
+from ast_plugin.errors import ActivationError, ConfigError, ElasticFileError, MissingExtraError, SaveError
 from ast_plugin.export import export_model, export_state_dict
 from ast_plugin.export_folder import export_folder
 from ast_plugin.export_graph import export_onnx, export_program
@@ -88,6 +88,22 @@ def test_channels_fill_multiples_where_it_is_asked_for(file: Path) -> None:
     assert [m.attn.heads for m in (model, compiled, copied)] == [1, 1, 1]
 
 
+def test_when_the_state_dict_cannot_be_written_the_older_sizes_stay(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = file.with_name("small.safetensors")
+    export_state_dict(read_elastic(file), "c75", target, form="sliced")
+    before = {path.name: path.read_bytes() for path in file.parent.iterdir()}
+
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ast_plugin.export.save_file", full)
+    with pytest.raises(SaveError, match=r"small\.safetensors"):
+        export_state_dict(read_elastic(file), "c50", target, form="sliced")
+    assert {path.name: path.read_bytes() for path in file.parent.iterdir()} == before
+
+
 def test_other_files_in_the_place_of_the_sizes_are_kept(file: Path) -> None:
     for content in (b'{"name": "mine"}', b"[1]", b"\xff"):
         file.with_name("small.json").write_bytes(content)
@@ -129,6 +145,20 @@ def test_another_architecture_is_refused(file: Path) -> None:
     model.attn.heads = 2
     with pytest.raises(ElasticFileError, match="expects heads of 'attn' to be 4, and it is 2"):
         export_model(read_elastic(file), "c75", model, form="sliced")
+
+
+def test_a_sub_net_that_was_trained_on_as_an_ordinary_model_is_refused(file: Path) -> None:
+    elastic = load(file, hybrid())
+    with elastic.sub_net("c75") as model, torch.no_grad():
+        model.block.project.weight += 0.1
+    complaint = r"'block\.project\.weight' reads dropped units of .* use form='dense', or load the elastic file again"
+    with pytest.raises(ActivationError, match=complaint):
+        export_state_dict(elastic, "c75", file.with_name("small.pt"), form="sliced")
+    with pytest.raises(ActivationError, match=complaint):
+        export_model(elastic, "c75", hybrid(), form="sliced")
+    with pytest.raises(ActivationError, match=complaint):
+        export_program(elastic, "c75", hybrid(), pictures(), file.with_name("small.pt2"), form="sliced")
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 # ------------------------------------------------------------------------------------------------ never trained
@@ -230,6 +260,30 @@ def test_a_program_needs_its_suffix_and_a_network_that_torch_can_express(file: P
     with pytest.raises(SaveError, match=r"torch\.export cannot express sub-net 'c75'"):
         export_program(read_elastic(file), "c75", Branching(), pictures(), file.with_name("small.pt2"))
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("inputs", [None, "x", [torch.ones(1, 3, 8, 8)], torch.ones(1, 1, 8, 8)])
+def test_inputs_that_the_model_does_not_accept_are_named(file: Path, inputs: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^example_inputs .*; give what the model accepts|^example_inputs must be"):
+        export_program(read_elastic(file), "c75", hybrid(), inputs, file.with_name("small.pt2"), form="sliced")
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_what_is_no_source_and_no_model_is_refused(file: Path) -> None:
+    source: Any = str(file)
+    model: Any = "hybrid"
+    with pytest.raises(ConfigError, match=r"source must be a training, .* got str"):
+        export_model(source, "c75", hybrid())
+    with pytest.raises(ConfigError, match=r"model must be a torch\.nn\.Module, got str"):
+        export_model(read_elastic(file), "c75", model)
+
+
+@pytest.mark.parametrize("path", [None, 3, ""])
+def test_what_is_no_path_is_refused(file: Path, path: Any) -> None:
+    with pytest.raises(ConfigError, match="path must be the path of a file"):
+        export_state_dict(read_elastic(file), "c75", path)
+    with pytest.raises(ConfigError, match="path must be the path of a file"):
+        export_program(read_elastic(file), "c75", hybrid(), pictures(), path)
 
 
 @pytest.mark.extra("onnx")

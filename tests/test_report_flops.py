@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ast_plugin.compile_timing import describe_inputs
 from ast_plugin.errors import ConfigError
-from ast_plugin.report_flops import FlopCount, count_flops, describe_inputs
+from ast_plugin.report_flops import FlopCount, count_flops
 
 
 def test_linear_and_convolution_by_hand() -> None:
