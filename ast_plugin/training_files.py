@@ -114,8 +114,9 @@ class SavedRun(abc.ABC):
             ConfigError: If there is no such sub-net.
         """
         check_sub_net(sub_net, self._parts.names)
-        target = self._parts.updater.plans[sub_net].target_sparsity
-        return self._parts.sampled.is_final and abs(target - self._parts.updater.achieved(sub_net)) <= _FAR_FROM_TARGET
+        updater = self._parts.updater
+        missing = abs(updater.reachable(sub_net) - updater.achieved(sub_net))
+        return self._parts.sampled.is_final and missing <= _FAR_FROM_TARGET
 
     def save(self, path: str | Path, *, report: Mapping[str, Any] | None = None, twin: Twin | None = None) -> None:
         """Write all sub-nets into one elastic file, readable by `ast_plugin.load` and by any safetensors reader.

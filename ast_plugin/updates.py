@@ -124,6 +124,14 @@ class MaskUpdater:
             return self._channels.sparsity(sub_net)
         return self.masks.sparsity(sub_net)
 
+    def reachable(self, sub_net: str) -> float:
+        """Return the sparsity that `sub_net` can reach, in [0, 1]: of an N:M pattern, less where groups do not fit."""
+        plan = self.plans[sub_net]
+        if plan.pattern.fixed_sparsity is None:
+            return plan.target_sparsity
+        kept = sum(plan.pattern.kept_units(shape, plan.target_sparsity) for shape in self.masks.shapes.values())
+        return 1 - kept / self.masks.total()
+
     def kept_units(self, sub_net: str) -> dict[str, Tensor]:
         """Return which units of the channel groups the masks of `sub_net` keep: by group name, bool (units,).
 

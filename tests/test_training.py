@@ -103,6 +103,22 @@ def test_a_sub_net_is_near_its_target_when_its_ramp_is_over() -> None:
         ast.is_near_target("s95")
 
 
+def test_an_n_of_m_sub_net_whose_groups_do_not_all_fit_is_at_its_target(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5))  # 3 of every 5 are kept, so 40 % are zeros
+    optimizer = sgd(model)
+    ast = ast_plugin.wrap(optimizer, model, sparsities=("2:4",), total_steps=8, update_interval=2)
+    for _ in range(8):
+        optimizer.zero_grad()
+        model(torch.randn(4, 5)).square().mean().backward()
+        optimizer.step()
+    assert ast.masks.sparsity("2:4") == pytest.approx(0.4)
+    assert ast.is_near_target("2:4")
+    ast.save(tmp_path / "elastic.safetensors")  # and does not warn
+
+
 def test_the_target_is_reached_when_every_trained_sub_net_has_made_its_last_update() -> None:
     model, optimizer, ast = wrapped(sparsities=(0.5, 0.9), total_steps=20)
     reached = []
