@@ -59,6 +59,9 @@ class RewindableActivation:
         watched: How many of them, from the first, nobody writes to while a sub-net is on.
         revision: Returns a number that rises when a mask of the sub-net changes.
         sharded: Whether parameters are sharded: graphs gather them anew, and nothing can be brought back.
+
+    Attributes:
+        compiled: Whether the last forward was compiled or traced.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class RewindableActivation:
         self._watched = watched
         self._revision = revision
         self._is_sharded = sharded
+        self.compiled = False
         self._put_on: list[int] = []
         self._rest: list[int] = []
         self._writes = 0
@@ -95,6 +99,7 @@ class RewindableActivation:
             form: What for.
             compiling: Whether the forward that comes is compiled or traced.
         """
+        self.compiled = compiling
         self._inner.refresh(compiling=compiling)
         if self._inner.is_on(sub_net, form) and self._resume is None and self._episode != _NONE:
             return
@@ -178,6 +183,7 @@ class RewindableActivation:
 
     def refresh(self, *, compiling: bool) -> None:
         """A forward is about to run: see `Activation.refresh`."""
+        self.compiled = compiling
         self._inner.refresh(compiling=compiling)
 
     def show(self) -> None:

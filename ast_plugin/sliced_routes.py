@@ -44,9 +44,9 @@ def route_for(slicing: Slicing, called: nn.Module, compiling: bool = False, *, s
     return slicing
 
 
-def way_of(slicing: Slicing, called: nn.Module, *, sharded: bool = False) -> str:
+def way_of(slicing: Slicing, called: nn.Module, *, compiling: bool = False, sharded: bool = False) -> str:
     """Return how channel sub-nets are computed now, for people to read; arguments as for `route_for`."""
-    reason = _no_slices(called, compiling=False, sharded=sharded)
+    reason = _no_slices(called, compiling=compiling, sharded=sharded)
     if slicing == "off" or reason is not None:
         return "with masked weights" + (f", because smaller ones {reason}" if slicing != "off" else "")
     gathered = slicing == "gather" or (slicing == "auto" and route_for(slicing, called) == "gather")

@@ -145,7 +145,8 @@ class AlternatingSparseTraining(SampledRun):
         """Return the table of all parameters, and of the channel groups: what sub-nets keep of them, or why all."""
         parts, updater = self._parts, self._parts.updater
         kept = {name: updater.kept_units(name) for name, plan in updater.plans.items() if plan.pattern.by_groups}
-        computed = way_of(self.config.slicing, parts.called, sharded=parts.sharded)
+        compiled = parts.activation.compiled
+        computed = way_of(self.config.slicing, parts.called, compiling=compiled, sharded=parts.sharded)
         return describe(parts.choices, self.masks, parts.groups, kept, computed)
 
     def statistics(self) -> dict[str, Any]:

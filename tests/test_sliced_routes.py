@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from channel_networks import conv_groups, sliced_run
-from networks import conv_net, mlp, sgd
+from networks import conv_net, mlp, sgd, vector_batch
 from torch import nn
 
 import ast_plugin
@@ -111,3 +111,14 @@ def test_a_traced_forward_computes_with_masked_weights() -> None:
         torch.testing.assert_close(exported.module()(inputs), expected)
         assert torch.equal(model(inputs), expected)
         assert model.conv2.weight.shape == (8, 8, 3, 3)
+
+
+def test_the_table_says_how_the_last_forward_was_computed() -> None:
+    model = mlp()
+    ast = sliced_run(model, sgd(model), "auto", method="static")
+    assert ast.describe().computed == "with smaller weights"
+    compiled = torch.compile(model, backend="eager")  # around the wrapped model, which does not know of it
+    compiled(vector_batch(0)[0]).sum().backward()
+    assert ast.describe().computed.startswith("with masked weights, because smaller ones cannot be used in compiled")
+    model(vector_batch(0)[0]).sum().backward()
+    assert ast.describe().computed == "with smaller weights"
