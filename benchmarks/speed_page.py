@@ -80,7 +80,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training-resnet32": lambda: training(_read("sliced_training"), "ResNet-32"),
     "training-vit": lambda: training(_read("sliced_training"), "ViT-B blocks"),
     "inference-resnet50": lambda: inference(_read("inference"), "ResNet-50"),
-    "inference-vit": lambda: inference(_read("inference"), "ViT-B"),
+    "inference-vit": lambda: inference(_read("inference"), "ViT-B, channels"),
     "inference-linear": lambda: inference(_read("inference"), "ViT-B, linear layers"),
     "vr-pge": lambda: probabilities(_read("vr_pge")),
 }
