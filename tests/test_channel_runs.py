@@ -91,6 +91,12 @@ def test_the_file_describes_the_groups_and_the_report_the_channels(tmp_path: Pat
         assert [net.dropped_channels for net in report.sub_nets] == [0.25, 0.5, 0.75]
         assert all(net.on_target for net in report.sub_nets)
         assert Report.from_dict(report.to_dict()).sub_nets == report.sub_nets
+
+
+@pytest.mark.extra("report")
+def test_the_report_shows_the_share_of_channels_that_is_dropped() -> None:
+    model, optimizer, ast = wrapped("tokens")
+    train(model, optimizer, range(40))
     assert "channels dropped" in Report.from_training(ast).render_terminal(width=200)
     assert "channels dropped" in Report.from_training(ast).render_html()
 
