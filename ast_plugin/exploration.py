@@ -4,6 +4,9 @@ The user's own code computes the loss: a function of no arguments, or the closur
 also clears gradients and runs backward. Here it runs without gradients, ``backward`` does nothing, and what it leaves
 behind is undone: gradients, random generators, buffers such as running statistics. So the training forward that follows
 draws the dropout of all the extra passes, and everything but the masks is as if they had never been.
+
+Early releases of torch let ``loss.backward()`` be passed over, but not the function ``torch.autograd.backward``, which
+raises there, because nothing has gradients.
 """
 
 from __future__ import annotations

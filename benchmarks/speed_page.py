@@ -40,7 +40,8 @@ def runs(results: Mapping[str, Any]) -> str:
     found = results["runs"]
     names = list(next(iter(found.values()))["shares"])
     rows = [
-        [network, str(run["steps"]), *(f"{run['shares'][name]:.2f}" for name in names)] for network, run in found.items()
+        [network, str(run["steps"]), *(f"{run['shares'][name]:.2f}" for name in names)]
+        for network, run in found.items()
     ]
     return markdown(["", "steps", *names], rows)
 

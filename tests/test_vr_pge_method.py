@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from typing import Any
 
@@ -152,8 +153,9 @@ def test_extra_passes_leave_no_trace(slicing: str) -> None:
     def loss() -> Tensor:
         optimizer.zero_grad(set_to_none=False)
         value = runs.loss_of(model, 1)
-        torch.autograd.backward(value)
-        torch.autograd.backward([value, value])
+        if "handle_torch_function" in inspect.getsource(torch.autograd.backward):  # not in early releases
+            torch.autograd.backward(value)
+            torch.autograd.backward([value, value])
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         assert not value.requires_grad
