@@ -96,7 +96,10 @@ def test_the_description_says_how_channel_sub_nets_are_computed() -> None:
     assert ast_plugin.wrap(sgd(plain), plain, sparsities=(0.5,), total_steps=9).describe().computed == ""
 
 
-@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # of early releases
+@pytest.mark.skipif(
+    tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 9),
+    reason="earlier exporters warn of lifted constants and cannot run what they export; the extra onnx asks for 2.9",
+)
 def test_a_traced_forward_computes_with_masked_weights() -> None:
     model = conv_net()
     ast = sliced_run(model, sgd(model), "auto", method="static")
