@@ -9,7 +9,6 @@ sub-nets' steps together to three dense ones. Prints a table and writes the figu
     python benchmarks/sliced_training.py                               # all of it, about 20 minutes
     python benchmarks/sliced_training.py --networks ResNet-32 --rounds 5
     python benchmarks/sliced_training.py --resample                    # other channels at every step
-    python benchmarks/sliced_training.py --runs 60 --networks ResNet-50    # whole runs, with and without a ramp
     python benchmarks/sliced_training.py --picture                     # the picture from the JSON file (extra report)
     python benchmarks/sliced_training.py --quick --output quick.json   # tiny shapes: does it run?
 """
@@ -80,9 +79,10 @@ class Steps:
                 self.optimizer,
                 self.model,
                 sparsities=tuple(1 - kept for kept in KEPT),
+                method="static",
                 pattern="channel",
                 groups=task.groups,
-                **{"method": "static", **options},
+                **options,
             )
             if resample:
                 generator = torch.Generator().manual_seed(0)
@@ -146,36 +146,9 @@ def measure(task: Task, names: Sequence[str], *, rounds: int, resample: bool) ->
     }
 
 
-def measure_runs(task: Task, *, steps: int) -> dict[str, Any]:
-    """Return what whole runs over the three sub-nets take, mask updates included, as shares of a dense run's time.
-
-    All of them make their steps in turn. The ramp is that of the default method: half of the run, from all channels.
-    """
-    settings: dict[str, dict[str, Any]] = {
-        "ramp": {"method": "granet"},
-        "at the targets from the first step": {"method": "granet", "initial_sparsity": 1 - min(KEPT)},
-    }
-    dense = Steps(task, None, resample=False)
-    runs = {
-        name: Steps(task, {"total_steps": steps, "update_interval": 0.05, **given}, resample=False)
-        for name, given in settings.items()
-    }
-    plain = 0.0
-    took = dict.fromkeys(runs, 0.0)
-    for _ in range(steps):
-        plain += dense.step()
-        for name, run in runs.items():
-            took[name] += run.step()
-    return {"steps": steps, "shares": {name: seconds / plain for name, seconds in took.items()}}
-
-
 def table(results: dict[str, Any]) -> str:
     """Return the figures as text."""
-    lines = [
-        f"{network}: a run of {found['steps']} steps takes {share:.2f} of a dense one, {name}"
-        for network, found in results.get("runs", {}).items()
-        for name, share in found["shares"].items()
-    ]
+    lines = []
     for network, found in results["networks"].items():
         lines.append(f"{network}: dense step {found['dense_ms']:.0f} ms")
         lines.append(f"  {'':22}" + "".join(f"{f'kept {kept:g}':>11}" for kept in KEPT) + f"{'whole run':>11}")
@@ -213,9 +186,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="CONTENDER")
     parser.add_argument("--resample", action="store_true", help="draw other channels at every step")
-    parser.add_argument(
-        "--runs", type=int, metavar="STEPS", help="whole runs of so many steps instead, into the same file"
-    )
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds; the figures mean nothing")
     parser.add_argument("--output", type=Path, default=RESULTS, help=f"JSON file (default: {RESULTS.name})")
     parser.add_argument(
@@ -226,17 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         atomic_write_text(args.output.with_suffix(".svg"), drawn(json.loads(args.output.read_text())))
         return 0
     rounds = args.rounds or (2 if args.quick else 15)
-    results: dict[str, Any]
     torch.set_num_threads(1)
-    if args.runs:
-        results = json.loads(args.output.read_text()) if args.output.exists() else {"networks": {}}
-        for network in args.networks:
-            task = make_task(network, quick=args.quick)
-            results["runs"] = {**results.get("runs", {}), network: measure_runs(task, steps=args.runs)}
-        atomic_write_text(args.output, json.dumps(results, indent=1) + "\n")
-        print(table({**results, "networks": {}}))
-        return 0
-    results = {
+    results: dict[str, Any] = {
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "quick": args.quick,

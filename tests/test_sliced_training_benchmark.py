@@ -98,30 +98,3 @@ def test_the_picture_has_a_bar_for_every_factor_and_marks_what_is_wanted(benchma
     for bar in ("dense, channels_last", "leaves, kept 0.5", "leaves, kept 0.25", "leaves, kept 0.1", "2.50x", "1.25x"):
         assert bar in text
     assert text.count("1.25x") == 1
-
-
-def test_whole_runs_are_compared_step_by_step_and_end_at_their_targets(
-    benchmark: Any, task: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = []
-
-    class Steps(benchmark.Steps):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            made.append(self)
-
-        def step(self) -> float:
-            super().step()
-            return 4.0 if self.ast is None else 1.0 if self.ast.config.initial_sparsity else 3.0
-
-    monkeypatch.setattr(benchmark, "Steps", Steps)
-    found = benchmark.measure_runs(task, steps=9)
-    assert found == {"steps": 9, "shares": {"ramp": 0.75, "at the targets from the first step": 0.25}}
-    dense, ramp, at_once = made
-    assert dense.ast is None
-    for run in (ramp, at_once):
-        assert run.ast.step == 9
-        dropped = [figures["dropped_channels"] for figures in run.ast.statistics()["sub_nets"].values()]
-        assert dropped == pytest.approx([0.5, 0.75, 0.9], abs=0.02)
-    text = benchmark.table({"networks": {}, "runs": {"ResNet-32": found}})
-    assert "ResNet-32: a run of 9 steps takes 0.75 of a dense one, ramp" in text
