@@ -35,17 +35,6 @@ def training(results: Mapping[str, Any], network: str) -> str:
     return markdown(head, rows)
 
 
-def runs(results: Mapping[str, Any]) -> str:
-    """Return what whole runs take, as shares of a dense run."""
-    found = results["runs"]
-    names = list(next(iter(found.values()))["shares"])
-    rows = [
-        [network, str(run["steps"]), *(f"{run['shares'][name]:.2f}" for name in names)]
-        for network, run in found.items()
-    ]
-    return markdown(["", "steps", *names], rows)
-
-
 def inference(results: Mapping[str, Any], part: str) -> str:
     """Return the times and factors of a network after training."""
     head = ["engine", "form", "ms", "factor", "wanted"]
@@ -90,7 +79,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "training-resnet50": lambda: training(_read("sliced_training"), "ResNet-50"),
     "training-resnet32": lambda: training(_read("sliced_training"), "ResNet-32"),
     "training-vit": lambda: training(_read("sliced_training"), "ViT-B blocks"),
-    "runs": lambda: runs(_read("sliced_training")),
     "inference-resnet50": lambda: inference(_read("inference"), "ResNet-50"),
     "inference-vit": lambda: inference(_read("inference"), "ViT-B, channels"),
     "inference-linear": lambda: inference(_read("inference"), "ViT-B, linear layers"),
