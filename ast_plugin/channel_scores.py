@@ -10,7 +10,7 @@ from torch import Tensor
 from ast_plugin.channels import ChannelGroup, ChannelGroups
 from ast_plugin.errors import PluginError
 from ast_plugin.masks import MaskStore
-from ast_plugin.methods import ChannelScore, ChannelScoreInputs, Method, Score, ScoreInputs
+from ast_plugin.methods import ChannelScore, ChannelScoreInputs, Method, Score, ScoreInputs, scores_of
 from ast_plugin.random_state import seeded_generator
 from ast_plugin.sharding import full
 
@@ -109,20 +109,13 @@ class ChannelScores:
         weight: Tensor,
         gradients: Mapping[str, Tensor] | None,
     ) -> Tensor:
-        scores = score(
-            ScoreInputs(
-                weight=weight,
-                gradient=None if gradients is None else gradients.get(name),
-                mask=full(self._masks.get(sub_net, name)),
-                generator=seeded_generator(self._seed, sub_net, step, name),
-            )
+        inputs = ScoreInputs(
+            weight=weight,
+            gradient=None if gradients is None else gradients.get(name),
+            mask=full(self._masks.get(sub_net, name)),
+            generator=seeded_generator(self._seed, sub_net, step, name),
         )
-        if not isinstance(scores, Tensor) or scores.shape != weight.shape or not scores.is_floating_point():
-            raise PluginError(
-                f"a score of method {self._method.name!r} returned {_shown(scores)}; it must return a floating-point "
-                f"tensor of the weight's shape {tuple(weight.shape)}"
-            )
-        return scores
+        return scores_of(self._method, score, inputs)
 
     def _mean(self, group: ChannelGroup, scores: Mapping[str, Tensor]) -> Tensor:
         parts: list[Tensor] = []

@@ -214,15 +214,8 @@ class ChannelGroups:
         """
         devices = {flags.device for flags in kept.values()}
         device = devices.pop() if len(devices) == 1 else torch.device("cpu")
-        masks = {name: torch.ones(tuple(shape), dtype=torch.bool, device=device) for name, shape in shapes.items()}
-        for group in self.groups:
-            dropped = (~kept[group.name]).nonzero().reshape(-1).to(device)
-            if not len(dropped):
-                continue
-            for axis in group.axes:
-                if axis.tensor in masks:
-                    masks[axis.tensor].index_fill_(axis.dim, axis.indices(dropped), False)
-        return masks
+        cut = self.cut_masks({name: flags.to(device) for name, flags in kept.items()}, shapes)
+        return {name: mask.tensor().to(device) for name, mask in cut.items()}
 
     def cut_masks(self, kept: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, CutMask]:
         """Return the same masks as what is kept along their dimensions, without making them."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ast_plugin.channels import ChannelGroup
+from ast_plugin.errors import PluginError
 from ast_plugin.samplers import Sampler, SamplerInputs
 from ast_plugin.schedules import constant_sparsity, cubic_sparsity
 
@@ -105,6 +106,27 @@ class Method:
     grow_initialization: Literal["keep", "zero"] = "keep"
     channel_score: ChannelScore | None = None
     sampler: Callable[[SamplerInputs], Sampler] | None = None
+
+
+def scores_of(method: Method, score: Score, inputs: ScoreInputs) -> Tensor:
+    """Return what a score of a method says of one parameter.
+
+    Raises:
+        PluginError: If it returns something else than a floating-point tensor of the weight's shape, on its device.
+    """
+    scores = score(inputs)
+    if (
+        not isinstance(scores, Tensor)
+        or scores.shape != inputs.weight.shape
+        or not scores.is_floating_point()
+        or scores.device != inputs.weight.device
+    ):
+        found = f"{tuple(scores.shape)} {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise PluginError(
+            f"a score of method {method.name!r} returned {found}; it must return a floating-point tensor of "
+            f"the weight's shape {tuple(inputs.weight.shape)} on {inputs.weight.device}"
+        )
+    return scores
 
 
 def magnitude(inputs: ScoreInputs) -> Tensor:

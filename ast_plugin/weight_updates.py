@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ast_plugin.config import ASTConfig
 from ast_plugin.distributions import Distribution, DistributionRequest, LayerRequest, kept_units
-from ast_plugin.errors import PluginError
 from ast_plugin.masks import MaskStore
-from ast_plugin.methods import Method, Score, ScoreInputs, chance, magnitude
+from ast_plugin.methods import Method, Score, ScoreInputs, chance, magnitude, scores_of
 from ast_plugin.patterns import level, nearest_count, weights_in
 from ast_plugin.plans import SubNetPlan
 from ast_plugin.random_state import seeded_generator
@@ -234,16 +233,4 @@ class WeightUpdates:
         return nearest_count(self.masks.total(), sparsity) - held
 
     def _unit_scores(self, plan: SubNetPlan, score: Score, inputs: ScoreInputs) -> Tensor:
-        scores = score(inputs)
-        if (
-            not isinstance(scores, Tensor)
-            or scores.shape != inputs.weight.shape
-            or not scores.is_floating_point()
-            or scores.device != inputs.weight.device
-        ):
-            found = f"{tuple(scores.shape)} {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
-            raise PluginError(
-                f"a score of method {self.method.name!r} returned {found}; it must return a floating-point tensor of "
-                f"the weight's shape {tuple(inputs.weight.shape)} on {inputs.weight.device}"
-            )
-        return plan.pattern.unit_scores(scores)
+        return plan.pattern.unit_scores(scores_of(self.method, score, inputs))

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ast_plugin.files import atomic_write_text
+from sliced_training import WANTED
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
 MARKER = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end of table -->)", re.DOTALL)
 ABSENT = "–"
-
-_WANTED = {"ResNet-50": (1.65, 2.5, 3.3), "ResNet-32": (1.4, 1.65, 1.9), "ViT-B blocks": (1.8, 3.4, 6.0)}
 
 
 def training(results: Mapping[str, Any], network: str) -> str:
@@ -31,7 +30,7 @@ def training(results: Mapping[str, Any], network: str) -> str:
     for name, factors in found["factors"].items():
         steps = [factors[-1]] * len(factors) if name.startswith("dense") else factors
         rows.append([name, *(f"{factor:.2f}" for factor in steps)])
-    rows.append(["wanted, leaves", *(f"{factor:g}" for factor in _WANTED[network]), ""])
+    rows.append(["wanted, leaves", *(f"{factor:g}" for factor in WANTED[network]), ""])
     return markdown(head, rows)
 
 
