@@ -12,6 +12,7 @@ from ast_plugin.config import ASTConfig
 from ast_plugin.errors import WrapError
 from ast_plugin.optimizers import innermost_optimizer, refusal_of
 from ast_plugin.parameters import ParameterChoice
+from ast_plugin.plans import target_of
 from ast_plugin.plugins import PluginRegistry
 from ast_plugin.slots import bare_model
 
@@ -51,6 +52,7 @@ def check_run(
     if isinstance(config.distribution, str):
         registry.distribution(config.distribution)
     names = [spec.name for spec in config.sub_nets]
+    targets = [target_of(spec, patterns[spec.pattern or config.pattern]) for spec in config.sub_nets]
     registry.alternation(
         config.alternation,
         count=len(names),
@@ -58,6 +60,7 @@ def check_run(
         steps_per_epoch=config.steps_per_epoch or 1,  # hosts know it later
         names=names,
         default=config.default_sub_net or names[0],
+        sparsities=targets,
     )
     bare = bare_model(model)
     choices = registry.select_parameters(bare, include=config.include, exclude=config.exclude)

@@ -218,6 +218,7 @@ def _build(
         steps_per_epoch=config.steps_per_epoch,
         names=names,
         default=default,
+        sparsities=[plan.target_sparsity for plan in plans],
     )
     bare = bare_model(model)
     reshard(bare)

@@ -1,0 +1,8 @@
+"""More ways to train a family of sub-nets, all of them plugins.
+
+They come in through the hooks of `ast_plugin.hookspecs` and the public controller alone, as anybody's would.
+"""
+
+from ast_plugin.integrations.family.alternations import DensePivotOrder
+
+__all__ = ["DensePivotOrder"]
