@@ -51,6 +51,22 @@ class ExtendedRun(SampledRun):
         """
         self._step.rules.add(rule)
 
+    @property
+    def updates_masks(self) -> bool:
+        """Whether the method makes mask updates: on its own calendar, and where `add_mask_updates` asks for more."""
+        return self._parts.method.updates
+
+    def trained_at(self, step: int) -> tuple[str, ...]:
+        """Return the sub-nets that a step trains: one, or several where the alternation puts them into one step.
+
+        Args:
+            step: Optimizer step of the run, from 0; also one that has not come yet.
+        """
+        several = getattr(self._parts.alternation, "sub_nets_at", None)
+        if several is not None:
+            return tuple(self._parts.names[index] for index in several(step))
+        return (self._step.at(step),)
+
     def _clean_up(self) -> None:
         callbacks, self._cleanups = self._cleanups, []
         with contextlib.ExitStack() as stack:
