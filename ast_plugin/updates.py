@@ -201,9 +201,7 @@ class MaskUpdater:
                 units = self._channels.renewed(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
                 return self._replace_units(self._channels, plan, units, sparsity)
             if self._decisions is not None:
-                masks, grown = self._decisions.renewed(
-                    plan, sparsity, step, weights, gradients, drop_fraction=fraction
-                )
+                masks, grown = self._decisions.renewed(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
             else:
                 masks = self._weights.renewed(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
                 grown = self._grown(sub_net, masks)
