@@ -44,7 +44,7 @@ class TrainingStep:
         self._counts = False
         self._carrying = False
         self._resting = 0  # how many times a step in progress was interrupted, one within the other
-        self._corrections = StepCorrection(parts, self.at)
+        self._corrections = StepCorrection(parts, self.at, self.rules)
         self._correction: Correction | None = None
         self._agreed = False
         self._updated = False  # a step that is made again after it was broken off must not regrow twice

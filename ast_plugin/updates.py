@@ -14,6 +14,7 @@ from ast_plugin.config import ASTConfig
 from ast_plugin.decisions import MaskDecisions
 from ast_plugin.distributions import Distribution, uniform
 from ast_plugin.errors import ConfigError
+from ast_plugin.mask_forms import as_mask
 from ast_plugin.masks import MaskStore
 from ast_plugin.methods import Method
 from ast_plugin.plans import SubNetPlan
@@ -234,6 +235,28 @@ class MaskUpdater:
         present = ((name, full(self.masks.get(sub_net, name))) for name in masks)
         new = {name: masks[name] & ~mask.to(masks[name].device) for name, mask in present}
         return {name: mask for name, mask in new.items() if count_kept(mask)}
+
+    def by_score(
+        self, sub_net: str, scores: Mapping[str, Tensor], *, within: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return masks of as many weights (or units) as `sub_net` keeps now, by the highest scores; nothing changes.
+
+        One threshold goes for all parameters, as far as the pattern leaves the choice.
+
+        Args:
+            sub_net: Whose number and pattern.
+            scores: One a weight, of any floating dtype, by parameter name.
+            within: Masks of weights that go before all others; None for none.
+
+        Returns:
+            By parameter name, bool masks of the weights.
+        """
+        plan = self.plans[sub_net]
+        with torch.no_grad():
+            if self._channels is None or not plan.pattern.by_groups:
+                return self._weights.by_score(plan, scores, within)
+            masks = self._channels.masks(self._channels.by_score(plan, scores, within))
+            return {name: as_mask(mask).to(scores[name].device) for name, mask in masks.items()}
 
     def _replace_units(
         self, channels: ChannelUpdates, plan: SubNetPlan, units: dict[str, Tensor], target: float
