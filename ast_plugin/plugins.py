@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from ast_plugin.alternation import Alternation
 from ast_plugin.config import CorrectionOptions
 from ast_plugin.correction import Correction
 from ast_plugin.distributions import Distribution
-from ast_plugin.errors import ConfigError, PluginError, near_names
+from ast_plugin.errors import ConfigError, PluginError, SelectionError, WrapError, near_names
 from ast_plugin.hookspecs import AlternationRecord, DistributionRecord, MethodRecord, PatternRecord
 from ast_plugin.methods import Method
 from ast_plugin.parameters import ParameterChoice
@@ -48,6 +49,7 @@ class PluginRegistry:
         plugins: Modules and objects to use beside the installed plugins; later ones are asked first.
         block: Names of plugins to leave out, beside those in ``AST_PLUGIN_BLOCK``.
         autoload: Whether installed plugins are loaded; None: unless ``AST_PLUGIN_DISABLE_AUTOLOAD`` is set.
+        keywords: Further plugins by the name that they take part under; they are asked before `plugins`.
 
     Raises:
         ConfigError: If `block` names no plugin that there is.
@@ -55,11 +57,16 @@ class PluginRegistry:
     """
 
     def __init__(
-        self, plugins: Sequence[object] = (), *, block: Sequence[str] = (), autoload: bool | None = None
+        self,
+        plugins: Sequence[object] = (),
+        *,
+        block: Sequence[str] = (),
+        autoload: bool | None = None,
+        keywords: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
         self._host = PluginHost()
         installed = installed_plugins()
-        passed = named_plugins(plugins, taken=(BUILT_IN, *installed))
+        passed = named_plugins(plugins, taken=(BUILT_IN, *installed), keywords=keywords)
         blocked = blocked_names(block, known=(*installed, *passed))
         self._host.register(BUILT_IN, defaults, located("ast-plugin", defaults), __version__)
         if autoload_wanted() if autoload is None else autoload:
@@ -205,7 +212,8 @@ class PluginRegistry:
             PluginError: If a plugin fails, or its answer does not fit the model.
         """
         hook = "ast_select_parameters"
-        choices = self._host.call(hook, model=model, include=tuple(include), exclude=tuple(exclude))
+        impossible = (ConfigError, SelectionError)
+        choices = self._host.call(hook, impossible, model=model, include=tuple(include), exclude=tuple(exclude))
         expected = [name for name, _ in model.named_parameters()]
         fits = isinstance(choices, list) and all(isinstance(choice, ParameterChoice) for choice in choices)
         if not fits or [choice.name for choice in choices] != expected:
@@ -251,6 +259,20 @@ class PluginRegistry:
         """
         if self._listened[hook]:
             self._host.call(hook, **arguments)
+
+    def begin(self, **arguments: object) -> None:
+        """Tell the plugins that a run begins: `hookspecs.ast_sub_net_switched` for its first step.
+
+        Raises:
+            ConfigError: If a plugin finds that the run is not what it needs.
+            WrapError: Likewise.
+            PluginError: If a plugin fails in any other way; it names plugin and hook.
+        """
+        self._host.call("ast_sub_net_switched", (ConfigError, WrapError), **arguments)
+
+    def stateful(self) -> dict[str, Any]:
+        """Return by name the plugins with a state of their own: with ``state_dict`` and ``load_state_dict``."""
+        return self._host.stateful()
 
     def _bad_answer(self, hook: str, expected: str) -> PluginError:
         # pluggy does not tell whose answer it was; with one third-party plugin, the usual case, it is plain.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ def check_run(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     plugins: Sequence[object] = (),
+    keywords: Mapping[str, object] = MappingProxyType({}),
     known_method: bool = False,
 ) -> list[ParameterChoice]:
     """Refuse what `ast_plugin.wrap` would refuse later, as far as it can be seen now; nothing is touched.
@@ -31,6 +33,7 @@ def check_run(
         model: The model, possibly inside wrappers.
         optimizer: The optimizer, where there is one already.
         plugins: Plugin objects of the run.
+        keywords: Plugin objects that `wrap` will be given by keyword.
         known_method: Whether the method is an object that `wrap` will be given, so that its name means nothing.
 
     Returns:
@@ -42,7 +45,7 @@ def check_run(
         WrapError: If this optimizer cannot train sub-nets.
         PluginError: If a plugin fails to load or to answer.
     """
-    registry = PluginRegistry(plugins)
+    registry = PluginRegistry(plugins, keywords=keywords)
     if not known_method:
         registry.method(config.method)
     patterns = {name: registry.pattern(name) for name in {spec.pattern or config.pattern for spec in config.sub_nets}}

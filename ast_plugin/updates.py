@@ -159,9 +159,15 @@ class MaskUpdater:
                 self.masks.replace(plan.name, self._weights.first(plan, sparsity, weights))
 
     def update(
-        self, sub_net: str, step: int, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None
+        self,
+        sub_net: str,
+        step: int,
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor] | None,
+        *,
+        drop_fraction: float | None = None,
     ) -> MaskUpdate:
-        """Make the update of `sub_net` that is due at `step`.
+        """Make an update of `sub_net` at `step`.
 
         Args:
             sub_net: Whose masks to renew.
@@ -169,9 +175,12 @@ class MaskUpdater:
             weights: Dense weights by parameter name; not changed.
             gradients: Dense gradients by parameter name; parameters without one regrow by score 0. None: no method
                 that needs gradients is in use.
+            drop_fraction: Share of the kept weights or units of each layer to replace, in [0, 1); None: that of the
+                schedule.
         """
         plan = self.plans[sub_net]
-        sparsity, fraction = self.sparsity_at(sub_net, step), self.drop_fraction_at(sub_net, step)
+        sparsity = self.sparsity_at(sub_net, step)
+        fraction = self.drop_fraction_at(sub_net, step) if drop_fraction is None else drop_fraction
         with torch.no_grad():
             if self._channels is not None and plan.pattern.by_groups:
                 units = self._channels.renewed(plan, sparsity, step, weights, gradients, drop_fraction=fraction)

@@ -684,10 +684,11 @@ def test_an_interrupt_passes() -> None:
 def test_a_plugin_that_raises_in_training_leaves_dense_weights(hook: str) -> None:
     model = PlainNet()
     optimizer = adamw(model)
-    watcher = Watcher(hook)
+    watcher = Watcher()
     training = ast_plugin.wrap(
         optimizer, model, sparsities=(0.5, 0.9), total_steps=40, update_interval=2, plugins=[watcher]
     )
+    watcher.fails_in = hook
     with pytest.raises(PluginError, match=f"^plugin 'Watcher' failed in {hook}: ValueError: no reason"):
         train(model, optimizer, range(40))
     for name in training.masks.parameters:
