@@ -67,10 +67,7 @@ class ExtendedRun(SampledRun):
         Args:
             step: Optimizer step of the run, from 0; also one that has not come yet.
         """
-        several = getattr(self._parts.alternation, "sub_nets_at", None)
-        if several is not None:
-            return tuple(self._parts.names[index] for index in several(step))
-        return (self._step.at(step),)
+        return self._step.sub_nets_at(step)
 
     def masks_by_score(
         self, name: str, scores: Mapping[str, Tensor], *, within: Mapping[str, Tensor] | None = None

@@ -56,7 +56,7 @@ class WeightUpdates:
         Raises:
             ConfigError: If the distribution cannot reach it on these layers.
         """
-        counts = self._counts(plan, sparsity, weights, lambda: self._distribution_scores(plan, {}, weights, chance))
+        counts = self._counts(plan, sparsity, lambda: self._distribution_scores(plan, {}, weights, chance))
         units = (plan.pattern.unit_count(self.masks.shapes[name]) for name in self.masks.parameters)
         shares = (1 - count / total for count, total in zip(counts, units, strict=True))
         return dict(zip(self.masks.parameters, shares, strict=True))
