@@ -1,4 +1,30 @@
-"""Other sparse-training frameworks: what they decide, in alternating sparse training.
+"""Other sparse-training frameworks: their rules as methods of a run, their masks as sub-nets.
 
-Each module is imported by its full path and imports its framework when it is used, not before.
+Importing this package imports none of them; its names import what they need.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ast_plugin.integrations.frameworks.torch_pruning import from_importance
+
+__all__ = [
+    "from_importance",
+]
+
+_MODULES = {
+    "from_importance": "torch_pruning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
