@@ -5,12 +5,13 @@ The loop of a run, with every hook where it is called::
     wrap(optimizer, model, sparsities=..., total_steps=...):
         ast_methods(), ast_patterns(), ast_distributions(), ast_alternations()     # what names stand for
         ast_select_parameters(model, include, exclude)                             # which weights are pruned
+        ast_sub_net_switched(training, sub_net)             # the run begins: sub_net trains first
 
     for batch in loader:
         loss = criterion(model(inputs), targets)        # before the forward pass the scheduled sub-net is put on
         loss.backward()                                 # at its end it is taken off, and the gradients are masked
         optimizer.step()
-            if the sub-net's mask update is due:
+            if the sub-net's mask update is due, or a rule of training.add_mask_updates asks for one:
                 drop, grow, mask the gradient anew
                 ast_masks_updated(training, sub_net, step)
             if the step is to be corrected:
@@ -37,6 +38,15 @@ Collect hooks ask every plugin and put all records together; two plugins may not
 hooks ask the plugins in turn, the last registered first and the built-in last, and take the first answer that is not
 None. Observers are all called; what they return is ignored. An exception ends the run with a
 `ast_plugin.errors.PluginError` that names plugin and hook, on dense weights.
+
+An object is passed to `ast_plugin.wrap` for one run, in ``plugins`` or by a keyword of its own, under whose name it
+then takes part. What it has learned in the course of a run travels in the state of the run if it has these methods::
+
+    def state_dict(self): ...               # tensors and plain containers, which are not changed later
+    def load_state_dict(self, state): ...   # called before the run itself goes on from the state
+    def check_state(self, state): ...       # may be left out; changes nothing, raises StateError for one that is wrong
+
+A state that was saved without the plugin does not call it.
 """
 
 from __future__ import annotations
@@ -119,7 +129,7 @@ class DistributionRecord(Record):
 
 
 class AlternationBuilder(Protocol):
-    """What makes an order of sub-nets for one run."""
+    """What makes an order of sub-nets for one run; it is given those of these arguments that its signature takes."""
 
     def __call__(
         self,
@@ -130,6 +140,7 @@ class AlternationBuilder(Protocol):
         argument: str | None,
         names: Sequence[str],
         default: str,
+        sparsities: Sequence[float],
     ) -> Alternation:
         """Return the order.
 
@@ -140,6 +151,7 @@ class AlternationBuilder(Protocol):
             argument: What stands after the colon: ``s95`` of ``"fixed:s95"``; None without a colon.
             names: The sub-nets' names, in order.
             default: Name of the default sub-net.
+            sparsities: The sub-nets' target sparsities, in [0, 1), in order; of channel sub-nets the share of units.
 
         Raises:
             ConfigError: If something that this order needs is missing or wrong.
@@ -151,11 +163,11 @@ class AlternationRecord(Record):
     """An order in which the sub-nets are trained.
 
     Attributes:
-        build: Makes the order for one run.
+        build: Makes the order for one run, from those arguments of `AlternationBuilder` that it takes.
         takes_argument: Whether users may write ``"NAME:ARGUMENT"``.
     """
 
-    build: AlternationBuilder
+    build: Callable[..., Alternation]
     takes_argument: bool = False
 
 
@@ -244,9 +256,18 @@ def ast_correct_gradients(
 def ast_sub_net_switched(training: AlternatingSparseTraining, sub_net: str) -> None:
     """Observe: another sub-net is scheduled for the coming step.
 
+    The first call, inside `ast_plugin.wrap`, says that the run begins: all is checked and built, `training.attached` is
+    False, and no hook is in place yet. A plugin that needs to know the run before its first step, or to add rules,
+    versions and clean-ups, does so then. A state that is loaded later brings no further call.
+
     Args:
-        training: The controller that `ast_plugin.wrap` returned; the model is dense.
+        training: The controller that `ast_plugin.wrap` returns; the model is dense.
         sub_net: Name of the sub-net that trains next.
+
+    Raises:
+        ConfigError: In the first call alone, where the plugin finds that the run is not what it needs: it reaches the
+            user as it is, and the model is as before `wrap`.
+        WrapError: Likewise.
     """
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from ast_plugin.alternation import Alternation
 from ast_plugin.config import CorrectionOptions
 from ast_plugin.correction import Correction
 from ast_plugin.distributions import Distribution
-from ast_plugin.errors import ConfigError, PluginError, near_names
+from ast_plugin.errors import ConfigError, PluginError, SelectionError, WrapError, near_names
 from ast_plugin.hookspecs import AlternationRecord, DistributionRecord, MethodRecord, PatternRecord
 from ast_plugin.methods import Method
 from ast_plugin.parameters import ParameterChoice
@@ -47,6 +49,7 @@ class PluginRegistry:
         plugins: Modules and objects to use beside the installed plugins; later ones are asked first.
         block: Names of plugins to leave out, beside those in ``AST_PLUGIN_BLOCK``.
         autoload: Whether installed plugins are loaded; None: unless ``AST_PLUGIN_DISABLE_AUTOLOAD`` is set.
+        keywords: Further plugins by the name that they take part under; they are asked before `plugins`.
 
     Raises:
         ConfigError: If `block` names no plugin that there is.
@@ -54,11 +57,16 @@ class PluginRegistry:
     """
 
     def __init__(
-        self, plugins: Sequence[object] = (), *, block: Sequence[str] = (), autoload: bool | None = None
+        self,
+        plugins: Sequence[object] = (),
+        *,
+        block: Sequence[str] = (),
+        autoload: bool | None = None,
+        keywords: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
         self._host = PluginHost()
         installed = installed_plugins()
-        passed = named_plugins(plugins, taken=(BUILT_IN, *installed))
+        passed = named_plugins(plugins, taken=(BUILT_IN, *installed), keywords=keywords)
         blocked = blocked_names(block, known=(*installed, *passed))
         self._host.register(BUILT_IN, defaults, located("ast-plugin", defaults), __version__)
         if autoload_wanted() if autoload is None else autoload:
@@ -112,6 +120,7 @@ class PluginRegistry:
             drop_score=_guarded(built.drop_score, plugin, f"the drop score of {where}"),
             grow_score=grow_score,
             sparsity_schedule=_guarded(built.sparsity_schedule, plugin, f"the sparsity schedule of {where}"),
+            decide=built.decide and _guarded(built.decide, plugin, f"the decision of {where}"),
         )
 
     def pattern(self, text: str) -> Pattern:
@@ -151,7 +160,15 @@ class PluginRegistry:
         return _guarded(record.function, plugin, f"distribution {name!r}")
 
     def alternation(
-        self, spec: str, *, count: int, seed: int, steps_per_epoch: int | None, names: Sequence[str], default: str
+        self,
+        spec: str,
+        *,
+        count: int,
+        seed: int,
+        steps_per_epoch: int | None,
+        names: Sequence[str],
+        default: str,
+        sparsities: Sequence[float],
     ) -> Alternation:
         """Return the order of sub-nets that `spec` stands for.
 
@@ -162,6 +179,7 @@ class PluginRegistry:
             steps_per_epoch: Optimizer steps of an epoch, if known.
             names: The sub-nets' names, in order.
             default: Name of the default sub-net.
+            sparsities: Their target sparsities, in order.
 
         Raises:
             ConfigError: If no plugin offers it, or it lacks something or cannot use it.
@@ -171,14 +189,16 @@ class PluginRegistry:
         plugin, record = _look_up("alternation", name, self._host.collect("ast_alternations", AlternationRecord))
         if colon and not record.takes_argument:
             raise ConfigError(f"alternation {name!r} takes no argument, got {spec!r}; write {name!r}")
-        order = _guarded(record.build, plugin, f"alternation {name!r}")(
-            count=count,
-            seed=seed,
-            steps_per_epoch=steps_per_epoch,
-            argument=argument if colon else None,
-            names=tuple(names),
-            default=default,
-        )
+        offered: dict[str, Any] = {
+            "count": count,
+            "seed": seed,
+            "steps_per_epoch": steps_per_epoch,
+            "argument": argument if colon else None,
+            "names": tuple(names),
+            "default": default,
+            "sparsities": tuple(sparsities),
+        }
+        order = _guarded(_call_with_taken, plugin, f"alternation {name!r}")(record.build, offered)
         if not all(hasattr(order, member) for member in ("name", "sub_net_at", "is_group_start")):
             raise PluginError(f"plugin {plugin!r} must build an Alternation for {spec!r}, got {order!r}")
         return order if plugin == BUILT_IN else _watched(order, plugin, f"alternation {spec!r}")
@@ -193,7 +213,8 @@ class PluginRegistry:
             PluginError: If a plugin fails, or its answer does not fit the model.
         """
         hook = "ast_select_parameters"
-        choices = self._host.call(hook, model=model, include=tuple(include), exclude=tuple(exclude))
+        impossible = (ConfigError, SelectionError)
+        choices = self._host.call(hook, impossible, model=model, include=tuple(include), exclude=tuple(exclude))
         expected = [name for name, _ in model.named_parameters()]
         fits = isinstance(choices, list) and all(isinstance(choice, ParameterChoice) for choice in choices)
         if not fits or [choice.name for choice in choices] != expected:
@@ -240,6 +261,20 @@ class PluginRegistry:
         if self._listened[hook]:
             self._host.call(hook, **arguments)
 
+    def begin(self, **arguments: object) -> None:
+        """Tell the plugins that a run begins: `hookspecs.ast_sub_net_switched` for its first step.
+
+        Raises:
+            ConfigError: If a plugin finds that the run is not what it needs.
+            WrapError: Likewise.
+            PluginError: If a plugin fails in any other way; it names plugin and hook.
+        """
+        self._host.call("ast_sub_net_switched", (ConfigError, WrapError), **arguments)
+
+    def stateful(self) -> dict[str, Any]:
+        """Return by name the plugins with a state of their own: with ``state_dict`` and ``load_state_dict``."""
+        return self._host.stateful()
+
     def _bad_answer(self, hook: str, expected: str) -> PluginError:
         # pluggy does not tell whose answer it was; with one third-party plugin, the usual case, it is plain.
         names = [name for name in self._host.implementers(hook) if name != BUILT_IN]
@@ -255,6 +290,13 @@ def _look_up(kind: str, name: str, owned: Mapping[str, tuple[str, Answer]]) -> t
         return owned[name]
     except KeyError:
         raise ConfigError(f"unknown {kind} {name!r}: {near_names(name, owned)}") from None
+
+
+def _call_with_taken(function: Callable[..., Answer], offered: Mapping[str, Any]) -> Answer:
+    """Call a function with those of the offered keyword arguments that it takes."""
+    parameters = inspect.signature(function).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return function(**{name: value for name, value in offered.items() if takes_all or name in parameters})
 
 
 class _Watched:

@@ -7,7 +7,9 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 from ast_plugin.errors import ConfigError, PluginError, near_names
 
@@ -15,6 +17,9 @@ BUILT_IN = "built-in"
 ENTRY_POINT_GROUP = "ast_plugin"
 AUTOLOAD_VARIABLE = "AST_PLUGIN_DISABLE_AUTOLOAD"
 BLOCK_VARIABLE = "AST_PLUGIN_BLOCK"
+
+_PREFIX = "ast_"  # of every hook
+_MARK = "ast_plugin_impl"  # what hookimpl leaves on a function
 
 
 def autoload_wanted() -> bool:
@@ -69,29 +74,55 @@ def import_plugin(name: str, entry_points: Sequence[importlib.metadata.EntryPoin
     return plugin, located(entry_point.dist.name, plugin), entry_point.dist.version
 
 
-def named_plugins(plugins: Sequence[object], *, taken: Iterable[str]) -> dict[str, object]:
-    """Give every passed plugin a name: its module's or its class's, numbered where that is taken.
+def plugin_keywords(options: Mapping[str, object], known: Container[str]) -> tuple[dict[str, Any], dict[str, object]]:
+    """Separate the plugin objects among keywords from the settings.
+
+    Args:
+        options: By keyword, what a caller gave.
+        known: Names of settings; nothing under them is taken for a plugin.
+
+    Returns:
+        The options without plugins, and the plugins: everything that has a function named as a hook, or a marked one.
+    """
+    plugins = {name: value for name, value in options.items() if name not in known and _has_hooks(value)}
+    return {name: value for name, value in options.items() if name not in plugins}, plugins
+
+
+def _has_hooks(value: object) -> bool:
+    # Functions that somebody forgot to mark are found too: registering says what is wrong with them.
+    return any(name.startswith(_PREFIX) or hasattr(getattr(value, name, None), _MARK) for name in dir(value))
+
+
+def named_plugins(
+    plugins: Sequence[object], *, taken: Iterable[str], keywords: Mapping[str, object] = MappingProxyType({})
+) -> dict[str, object]:
+    """Give every passed plugin a name: its keyword, its module's or its class's, numbered where that is taken.
 
     Args:
         plugins: Modules and objects; the same object twice counts once.
         taken: Names that are in use.
+        keywords: Further plugins by keyword; one that is among `plugins` too counts once, under its keyword.
 
     Raises:
         ConfigError: If `plugins` is no list or tuple.
     """
     if not isinstance(plugins, (list, tuple)):
         raise ConfigError(f"plugins must be a list or tuple of modules and objects, got {plugins!r}")
-    used, named = set(taken), dict[str, object]()
-    for plugin in plugins:
-        if any(plugin is known for known in named.values()):
-            continue
-        base = str(getattr(plugin, "__name__", None) or type(plugin).__name__)
+    used = set(taken)
+
+    def free(base: str) -> str:
         name, number = base, 2
         while name in used:
             name, number = f"{base}-{number}", number + 1
         used.add(name)
-        named[name] = plugin
-    return named
+        return name
+
+    named = dict[str, object]()
+    given = {free(name): plugin for name, plugin in keywords.items()}
+    for plugin in plugins:
+        if not any(plugin is known for known in (*given.values(), *named.values())):
+            named[free(str(getattr(plugin, "__name__", None) or type(plugin).__name__))] = plugin
+    return {**named, **given}
 
 
 def blocked_names(block: Sequence[str], *, known: Iterable[str]) -> frozenset[str]:

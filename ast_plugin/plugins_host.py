@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import pluggy
 
 from ast_plugin import hookspecs
-from ast_plugin.errors import ConfigError, PluginError, SelectionError, near_names
+from ast_plugin.errors import PluginError, near_names
 from ast_plugin.hookspecs import Record
 from ast_plugin.plugins_discovery import BLOCK_VARIABLE, BUILT_IN
 
@@ -20,6 +20,8 @@ COLLECT_HOOKS = ("ast_methods", "ast_patterns", "ast_distributions", "ast_altern
 CHOICE_HOOKS = ("ast_select_parameters", "ast_correct_gradients")
 OBSERVER_HOOKS = ("ast_sub_net_switched", "ast_masks_updated", "ast_step_finished", "ast_training_finished")
 HOOKS = (*COLLECT_HOOKS, *CHOICE_HOOKS, *OBSERVER_HOOKS)
+
+STATE_METHODS = ("state_dict", "load_state_dict")
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
@@ -92,6 +94,14 @@ class PluginHost:
             raise PluginError(f"{who} {found}: mark every hook function with @ast_plugin.hookspecs.hookimpl")
         self.loaded.append(LoadedPlugin(name=name, origin=origin, version=version, hooks=hooks))
 
+    def stateful(self) -> dict[str, Any]:
+        """Return by name the plugins that have ``state_dict`` and ``load_state_dict``."""
+        return {
+            name: plugin
+            for name, plugin in self._manager.list_name_plugin()
+            if plugin is not None and all(callable(getattr(plugin, method, None)) for method in STATE_METHODS)
+        }
+
     def holds(self, plugin: object) -> bool:
         """Return whether this very object is registered, under whatever name."""
         return any(plugin is known for _, known in self._manager.list_name_plugin())
@@ -134,12 +144,15 @@ class PluginHost:
             self._records[hook] = found
         return cast("dict[str, tuple[str, AnyRecord]]", self._records[hook])
 
-    def call(self, hook: str, **arguments: object) -> Any:
+    def call(self, hook: str, passing: tuple[type[Exception], ...] = (), /, **arguments: object) -> Any:
         """Call a first-result or observer hook.
 
+        Args:
+            hook: Its name.
+            passing: Errors that are a plugin's word to the user, and pass as they are.
+            **arguments: What the hook takes.
+
         Raises:
-            ConfigError: If a plugin finds the user's selection impossible (`ast_select_parameters`).
-            SelectionError: Likewise.
             PluginError: If a plugin fails in any other way; it names plugin and hook.
         """
         caller = self._caller(hook)
@@ -147,8 +160,7 @@ class PluginHost:
             return caller(**arguments)
         except Exception as error:
             culprit = _culprit(caller, error)
-            for_the_user = hook == "ast_select_parameters" and isinstance(error, (ConfigError, SelectionError))
-            if culprit is None or culprit == BUILT_IN or for_the_user:
+            if culprit is None or culprit == BUILT_IN or isinstance(error, passing):
                 raise
             raise failure(culprit, hook, error) from error
 

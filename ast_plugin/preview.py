@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from ast_plugin.config import ASTConfig
 from ast_plugin.errors import WrapError
 from ast_plugin.optimizers import innermost_optimizer, refusal_of
 from ast_plugin.parameters import ParameterChoice
+from ast_plugin.plans import target_of
 from ast_plugin.plugins import PluginRegistry
 from ast_plugin.slots import bare_model
 
@@ -21,6 +23,7 @@ def check_run(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     plugins: Sequence[object] = (),
+    keywords: Mapping[str, object] = MappingProxyType({}),
     known_method: bool = False,
 ) -> list[ParameterChoice]:
     """Refuse what `ast_plugin.wrap` would refuse later, as far as it can be seen now; nothing is touched.
@@ -30,6 +33,7 @@ def check_run(
         model: The model, possibly inside wrappers.
         optimizer: The optimizer, where there is one already.
         plugins: Plugin objects of the run.
+        keywords: Plugin objects that `wrap` will be given by keyword.
         known_method: Whether the method is an object that `wrap` will be given, so that its name means nothing.
 
     Returns:
@@ -41,13 +45,14 @@ def check_run(
         WrapError: If this optimizer cannot train sub-nets.
         PluginError: If a plugin fails to load or to answer.
     """
-    registry = PluginRegistry(plugins)
+    registry = PluginRegistry(plugins, keywords=keywords)
     if not known_method:
         registry.method(config.method)
     patterns = {name: registry.pattern(name) for name in {spec.pattern or config.pattern for spec in config.sub_nets}}
     if isinstance(config.distribution, str):
         registry.distribution(config.distribution)
     names = [spec.name for spec in config.sub_nets]
+    targets = [target_of(spec, patterns[spec.pattern or config.pattern]) for spec in config.sub_nets]
     registry.alternation(
         config.alternation,
         count=len(names),
@@ -55,6 +60,7 @@ def check_run(
         steps_per_epoch=config.steps_per_epoch or 1,  # hosts know it later
         names=names,
         default=config.default_sub_net or names[0],
+        sparsities=targets,
     )
     bare = bare_model(model)
     choices = registry.select_parameters(bare, include=config.include, exclude=config.exclude)

@@ -17,6 +17,7 @@ from ast_plugin.optimizers import is_idle
 from ast_plugin.parts import RunParts
 from ast_plugin.sharding import Gathered, any_on_a_rank
 from ast_plugin.step_correction import StepCorrection
+from ast_plugin.step_updates import UpdateRules
 from ast_plugin.updates import MaskUpdate
 
 
@@ -30,29 +31,33 @@ class TrainingStep:
     Attributes:
         number: Optimizer steps that have happened, which is also the number of the next one, from 0.
         last_steps: For each sub-net, the step at which it was last trained, None before the first.
+        rules: When masks are updated.
     """
 
     def __init__(self, parts: RunParts, owner: Any) -> None:
         self._parts = parts
         self._owner = owner
+        self.rules = UpdateRules(parts.updater)
         self.number = 0
         self.last_steps: dict[str, int | None] = dict.fromkeys(parts.names)
         self._begun = False
         self._counts = False
         self._carrying = False
         self._resting = 0  # how many times a step in progress was interrupted, one within the other
-        self._corrections = StepCorrection(parts, self._at)
+        self._corrections = StepCorrection(parts, self.at)
         self._correction: Correction | None = None
         self._agreed = False
         self._updated = False  # a step that is made again after it was broken off must not regrow twice
         self._update: MaskUpdate | None = None
+        self._fraction: float | None = None  # to drop in the step that has begun; None: its masks stay
 
     @property
     def scheduled(self) -> str:
         """The sub-net that the next step trains."""
-        return self._at(self.number)
+        return self.at(self.number)
 
-    def _at(self, step: int) -> str:
+    def at(self, step: int) -> str:
+        """Return the sub-net that a step trains."""
         names, alternation = self._parts.names, self._parts.alternation
         index = alternation.sub_net_at(step)
         if not isinstance(index, int) or not 0 <= index < len(names):
@@ -62,12 +67,16 @@ class TrainingStep:
             )
         return names[index]
 
+    def announce(self) -> None:
+        """Tell plugins which sub-net the first step of the run trains."""
+        self._parts.registry.begin(training=self._owner, sub_net=self.scheduled)
+
     def begin(self) -> None:
         """A training forward is about to run for this step; there may be several (micro-batches)."""
         parts, name = self._parts, self.scheduled
         self.mend()
-        due = parts.updater.is_due(name, self.number, self.last_steps[name])
-        parts.gradients.begin(name, capture=due and parts.method.needs_gradient)
+        self._fraction = self.rules.drop_fraction(name, self.number, self.last_steps[name])
+        parts.gradients.begin(name, capture=self._fraction is not None and parts.method.needs_gradient)
         self._begun = True
 
     def prepare(self) -> None:
@@ -200,7 +209,7 @@ class TrainingStep:
 
     def _reset(self) -> None:
         self._begun = self._counts = self._updated = False
-        self._correction = self._update = None
+        self._correction = self._update = self._fraction = None
         self._parts.reference.confirm()
         self._parts.gradients.end()
 
@@ -233,12 +242,14 @@ class TrainingStep:
 
     def _update_masks(self) -> None:
         parts, name = self._parts, self.scheduled
-        if self._updated or not parts.updater.is_due(name, self.number, self.last_steps[name]):
+        if self._updated or self._fraction is None:
             return
         parts.gradients.masks_changed()
         if self._update is None:
             gradients = self._dense_gradients() if parts.method.needs_gradient else None
-            self._update = parts.updater.update(name, self.number, Gathered(parts.parameters), gradients)
+            self._update = parts.updater.update(
+                name, self.number, Gathered(parts.parameters), gradients, drop_fraction=self._fraction
+            )
         if parts.grow_initialization == "zero":
             self._start_at_zero(name, self._update.grown)
         what = f"the masks of sub-net {name!r} at step {self.number}"

@@ -32,14 +32,14 @@ from ast_plugin.sharding import gathered
 from ast_plugin.sliced_routes import way_of
 from ast_plugin.step import TrainingStep
 from ast_plugin.sub_nets import check_sub_net
-from ast_plugin.training_sampling import SampledRun
+from ast_plugin.training_extension import ExtendedRun
 from ast_plugin.training_state import RunState
 from ast_plugin.twins import Twin
 
 _AVERAGED = ("running_mean", "running_var")
 
 
-class AlternatingSparseTraining(SampledRun):
+class AlternatingSparseTraining(ExtendedRun):
     """One ordinary training run that yields several sparse sub-nets on shared weights.
 
     Made by `ast_plugin.wrap`; the training loop stays as it is. Everything here is safe to call between steps.
@@ -328,6 +328,7 @@ class AlternatingSparseTraining(SampledRun):
         self._modes.detach()
         self._parts.gradients.detach()
         self._parts.activation.release()
+        self._clean_up()
         return self.model
 
     def __reduce__(self) -> NoReturn:
@@ -337,6 +338,13 @@ class AlternatingSparseTraining(SampledRun):
         )
 
     def attach(self) -> None:
-        """Register the hooks; called once, by `wrap`."""
-        self._modes.attach()
-        self._attachment = Attachment(self._parts.called, self.model, self._parts.bare, self.optimizer, self._events)
+        """Tell plugins that the run begins, and register the hooks; called once, by `wrap`."""
+        try:
+            self._step.announce()
+            self._modes.attach()
+            called, bare = self._parts.called, self._parts.bare
+            self._attachment = Attachment(called, self.model, bare, self.optimizer, self._events)
+        except BaseException:
+            self._modes.detach()
+            self._clean_up()
+            raise

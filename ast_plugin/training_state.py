@@ -19,6 +19,7 @@ from ast_plugin.schedules import resolve_calendars
 from ast_plugin.sharded_masks import ShardedMasks
 from ast_plugin.sharding import full, gathered, is_sharded, local_part
 from ast_plugin.statistics import Statistics
+from ast_plugin.training_plugins import PluginStates, warn_of_left_out
 
 if TYPE_CHECKING:
     from ast_plugin.step import TrainingStep
@@ -44,6 +45,7 @@ class RunState:
         self._parts = parts
         self._step = step
         self._metrics = metrics
+        self._plugins = PluginStates(parts.registry.stateful())
         self.restored = False
         self.cut_short = False
 
@@ -72,6 +74,7 @@ class RunState:
             "metrics": {name: dict(figures) for name, figures in self._metrics.items()},
             "config": parts.config.to_dict(),
             **parts.sampled.state_dict(),
+            **self._plugins.collect(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -103,6 +106,7 @@ class RunState:
             number, last_steps = int(state["step"]), {name: state["last_steps"][name] for name in parts.names}
             metrics = {name: dict(state["metrics"].get(name, {})) for name in parts.names}
             parts.sampled.check_state(state)
+            left_out = self._plugins.check(state)
             changed = _changed(state["config"], parts.config.to_dict())
             if changed:
                 last_steps = _with_last_updates_due(parts, state["config"], last_steps)
@@ -112,6 +116,8 @@ class RunState:
                 "checkpoint"
             ) from error
         _warn_of_other_settings(changed)  # here, because a warning may be made an error
+        warn_of_left_out(left_out)
+        self._plugins.load(state)  # first: what a plugin refuses is refused before anything else has changed
         if isinstance(parts.masks, ShardedMasks) and isinstance(masks, ShardedMasks):
             parts.masks.adopt(masks)
         else:

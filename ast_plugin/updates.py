@@ -12,6 +12,7 @@ from ast_plugin.channel_states import ChannelStates
 from ast_plugin.channel_updates import ChannelUpdates
 from ast_plugin.channels import ChannelGroups
 from ast_plugin.config import ASTConfig
+from ast_plugin.decisions import MaskDecisions
 from ast_plugin.distributions import Distribution, uniform
 from ast_plugin.errors import ConfigError
 from ast_plugin.masks import MaskStore
@@ -31,8 +32,9 @@ class MaskUpdate:
         sub_net: Whose masks changed.
         target: Sparsity that the schedule asks for at this step, in [0, 1].
         achieved: Sparsity reached, in [0, 1].
-        grown: By parameter name, bool masks of the weights that came back; parameters without any are left out, and so
-            are channel sub-nets, whose units go on from their shared values.
+        grown: By parameter name, bool masks of the weights that came back, or of those that the method decided to begin
+            anew; parameters without any are left out, and so are channel sub-nets, whose units go on from their
+            shared values.
         trimmed: Sparser channel sub-nets that lost units which this one dropped.
     """
 
@@ -57,8 +59,13 @@ class MaskUpdater:
         states: What units lie in beside the masked weights, for methods that score whole units.
 
     Raises:
+<<<<<<< HEAD
         ConfigError: If an initial sparsity is asked of a method that has no ramp, or groups are missing, or no sub-net
             has what the method is for.
+=======
+        ConfigError: If an initial sparsity is asked of a method that has no ramp, groups are missing, or a method that
+            decides masks itself is to decide those of channels.
+>>>>>>> main
     """
 
     def __init__(
@@ -91,6 +98,14 @@ class MaskUpdater:
         self._weights = WeightUpdates(config, method=method, distribution=distribution, masks=masks)
         self._channels: ChannelUpdates | None = None
         by_groups = [plan for plan in plans if plan.pattern.by_groups]
+        self._decisions: MaskDecisions | None = None
+        if method.decide is not None:
+            if by_groups:
+                raise ConfigError(
+                    f"sub-net {by_groups[0].name!r} has pattern {by_groups[0].pattern.name!r}, and method "
+                    f"{method.name!r} decides masks weight by weight; choose another of the two"
+                )
+            self._decisions = MaskDecisions(config, method=method, masks=masks, spread=self._weights.layer_sparsities)
         if groups is not None and len(groups) and by_groups:
             self._channels = ChannelUpdates(
                 config,
@@ -109,7 +124,8 @@ class MaskUpdater:
 
     def is_due(self, sub_net: str, step: int, last_step: int | None) -> bool:
         """Return whether `sub_net`, trained at `step` and before that at `last_step`, has an update to make now."""
-        return self.method.updates and self.plans[sub_net].calendar.is_due(step, last_step)
+        is_due = self.method.is_due or self.plans[sub_net].calendar.is_due
+        return self.method.updates and is_due(step, last_step)
 
     def sparsity_at(self, sub_net: str, step: int) -> float:
         """Return the sparsity that the schedule asks of `sub_net` at `step`, in [0, 1]."""
@@ -159,25 +175,34 @@ class MaskUpdater:
         return self._channels.kept(sub_net)
 
     def initialize(self, weights: Mapping[str, Tensor]) -> None:
-        """Write the first masks of every sub-net: by magnitude for methods that reselect, else at random.
+        """Write the first masks of every sub-net: as the method decides, by magnitude if it reselects, else at random.
 
         Args:
             weights: Dense weights by parameter name; not changed.
 
         Raises:
             ConfigError: If the distribution cannot reach a target on these layers, which would show much later.
+            PluginError: If the method decides masks that do not fit.
         """
         for plan in sorted(self.plans.values(), key=lambda plan: plan.target_sparsity):  # nested ones, densest first
             sparsity = self._initial_sparsity(plan)
-            if self._channels is not None and plan.pattern.by_groups:
+            if self._decisions is not None:
+                self.masks.replace(plan.name, self._decisions.first(plan, sparsity, weights))
+            elif self._channels is not None and plan.pattern.by_groups:
                 self.masks.replace(plan.name, self._channels.masks(self._channels.first(plan, sparsity, weights)))
             else:
                 self.masks.replace(plan.name, self._weights.first(plan, sparsity, weights))
 
     def update(
-        self, sub_net: str, step: int, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None
+        self,
+        sub_net: str,
+        step: int,
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor] | None,
+        *,
+        drop_fraction: float | None = None,
     ) -> MaskUpdate:
-        """Make the update of `sub_net` that is due at `step`.
+        """Make an update of `sub_net` at `step`.
 
         Args:
             sub_net: Whose masks to renew.
@@ -185,19 +210,21 @@ class MaskUpdater:
             weights: Dense weights by parameter name; not changed.
             gradients: Dense gradients by parameter name; parameters without one regrow by score 0. None: no method
                 that needs gradients is in use.
+            drop_fraction: Share of the kept weights or units of each layer to replace, in [0, 1); None: that of the
+                schedule.
         """
         plan = self.plans[sub_net]
-        sparsity, fraction = self.sparsity_at(sub_net, step), self.drop_fraction_at(sub_net, step)
+        sparsity = self.sparsity_at(sub_net, step)
+        fraction = self.drop_fraction_at(sub_net, step) if drop_fraction is None else drop_fraction
         with torch.no_grad():
             if self._channels is not None and plan.pattern.by_groups:
                 units = self._channels.renewed(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
                 return self._replace_units(self._channels, plan, units, sparsity)
-            masks = self._weights.renewed(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
-            grown: dict[str, Tensor] = {}
-            for name, after in masks.items():
-                new = after & ~full(self.masks.get(sub_net, name)).to(after.device)
-                if count_kept(new):
-                    grown[name] = new
+            if self._decisions is not None:
+                masks, grown = self._decisions.renewed(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
+            else:
+                masks = self._weights.renewed(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
+                grown = self._grown(sub_net, masks)
             self.masks.replace(sub_net, masks)  # at once: an interrupt must not leave some to be renewed twice
             return MaskUpdate(sub_net=sub_net, target=sparsity, achieved=self.achieved(sub_net), grown=grown)
 
@@ -211,12 +238,22 @@ class MaskUpdater:
         """
         plan = self.plans[sub_net]
         target = plan.target_sparsity
-        if self.method.reselect:
+        if self._decisions is not None:
+            if self._initial_sparsity(plan) < target:  # otherwise the last update was for the target, too
+                masks, _ = self._decisions.renewed(plan, target, step, weights, None, drop_fraction=0.0)
+                self.masks.replace(sub_net, masks)
+        elif self.method.reselect:
             if self._channels is not None and plan.pattern.by_groups:
                 units = self._channels.renewed(plan, target, step, weights, None, drop_fraction=0)
                 return self._replace_units(self._channels, plan, units, target)
             self.masks.replace(sub_net, self._weights.selected(plan, target, step, weights))
         return MaskUpdate(sub_net=sub_net, target=target, achieved=self.achieved(sub_net), grown={})
+
+    def _grown(self, sub_net: str, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what `masks` keep and the present ones do not, where there is any."""
+        present = ((name, full(self.masks.get(sub_net, name))) for name in masks)
+        new = {name: masks[name] & ~mask.to(masks[name].device) for name, mask in present}
+        return {name: mask for name, mask in new.items() if count_kept(mask)}
 
     def _replace_units(
         self, channels: ChannelUpdates, plan: SubNetPlan, units: dict[str, Tensor], target: float

@@ -29,6 +29,7 @@ from ast_plugin.parameters import ParameterChoice
 from ast_plugin.parts import RunParts
 from ast_plugin.plans import build_plans
 from ast_plugin.plugins import PluginRegistry
+from ast_plugin.plugins_discovery import plugin_keywords
 from ast_plugin.reference import GradientReference
 from ast_plugin.rewinding import RewindableActivation
 from ast_plugin.sampling import SampledMasks, build_sampler
@@ -116,7 +117,7 @@ def wrap(
             sub-nets. None: what the model says of itself, as those of timm and most of Hugging Face do.
         groups: Which channels belong together, instead of a search for it.
         **options: The settings of `ASTConfig` by name, for example ``sparsities=(0.9, 0.95)``, ``total_steps=1000``.
-            ``method`` may also be a `Method` object.
+            ``method`` may also be a `Method` object. A plugin object under any other name takes part under that name.
 
     Returns:
         The controller: sub-nets to switch, figures to read, files to save.
@@ -131,12 +132,13 @@ def wrap(
     Example:
         >>> ast = ast_plugin.wrap(optimizer, model, sparsities=(0.9, 0.95, 0.98), total_steps=1000)
     """
-    method = options.get("method")
-    settings = settings_of(config, dict(options))
+    given, keywords = plugin_keywords(options, ASTOptions.__annotations__)
+    method = given.get("method")
+    settings = settings_of(config, given)
     optimizer = innermost_optimizer(optimizer)
     check_kind(optimizer, model)
     check_outermost(outermost, model)
-    registry = PluginRegistry(plugins)
+    registry = PluginRegistry(plugins, keywords=keywords)
     rule = method if isinstance(method, Method) else registry.method(settings.method)
     called = model if outermost is None else outermost
     search = functools.partial(resolve_groups, example_inputs=example_inputs, groups=groups)
@@ -217,6 +219,7 @@ def _build(
         steps_per_epoch=config.steps_per_epoch,
         names=names,
         default=default,
+        sparsities=[plan.target_sparsity for plan in plans],
     )
     bare = bare_model(model)
     reshard(bare)

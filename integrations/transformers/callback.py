@@ -31,6 +31,7 @@ from ast_plugin.integrations.transformers.state import STATE, read_state
 from ast_plugin.integrations.transformers.weights import ensure_weights
 from ast_plugin.methods import Method
 from ast_plugin.optimizers import innermost_optimizer
+from ast_plugin.plugins_discovery import plugin_keywords
 from ast_plugin.preview import check_run
 from ast_plugin.training import AlternatingSparseTraining
 from ast_plugin.wrapping import ASTOptions, settings_of, wrap
@@ -49,7 +50,8 @@ class ASTCallback(TrainerCallback):
         resume_plain: Whether a checkpoint without sub-nets may be resumed: they start from its weights, and have the
             steps that are left.
         plugins: Plugin objects for this run, asked before the choice of weights for Hugging Face's models.
-        **options: The settings of `ASTConfig` by name. ``seed`` is the Trainer's unless given.
+        **options: The settings of `ASTConfig` by name, and plugin objects by other names, as in `ast_plugin.wrap`.
+            ``seed`` is the Trainer's unless given.
 
     Attributes:
         ast: The controller of the run; None until training begins.
@@ -72,9 +74,10 @@ class ASTCallback(TrainerCallback):
         if not isinstance(resume_plain, bool):
             raise ConfigError(f"resume_plain must be True or False, got {resume_plain!r}")
         self.ast: AlternatingSparseTraining | None = None
-        method = options.get("method")
+        given, self._keywords = plugin_keywords(options, ASTOptions.__annotations__)
+        method = given.get("method")
         self._method = method if isinstance(method, Method) else None
-        self._config = settings_of(config, dict(options))
+        self._config = settings_of(config, given)
         self._seeded = config is not None or "seed" in options
         self._resume_plain = resume_plain
         self._plugins = [TransformersSelection(), *plugins]  # the last is asked first
@@ -216,8 +219,14 @@ class ASTCallback(TrainerCallback):
                         "Trainer first, or detach() on the controller where there is none"
                     )
                 optimizer = trainer.optimizer
-                known = self._method is not None
-                check_run(config, trainer.model, optimizer=optimizer, plugins=self._plugins, known_method=known)
+                check_run(
+                    config,
+                    trainer.model,
+                    optimizer=optimizer,
+                    plugins=self._plugins,
+                    keywords=self._keywords,
+                    known_method=self._method is not None,
+                )
             self._binding = Binding(trainer, self)
         return self._binding
 
@@ -257,7 +266,7 @@ class ASTCallback(TrainerCallback):
                 f"total_steps={wanted}, and the Trainer makes {state.max_steps}; leave it out, the Trainer knows"
             )
         config = self._settings(trainer, total_steps=left, steps_per_epoch=_updates(loader, trainer.args))
-        options: dict[str, Any] = config.to_dict()
+        options: dict[str, Any] = {**config.to_dict(), **self._keywords}
         if self._method is not None:
             options["method"] = self._method
         self._called = called
