@@ -59,13 +59,8 @@ class MaskUpdater:
         states: What units lie in beside the masked weights, for methods that score whole units.
 
     Raises:
-<<<<<<< HEAD
-        ConfigError: If an initial sparsity is asked of a method that has no ramp, or groups are missing, or no sub-net
-            has what the method is for.
-=======
-        ConfigError: If an initial sparsity is asked of a method that has no ramp, groups are missing, or a method that
-            decides masks itself is to decide those of channels.
->>>>>>> main
+        ConfigError: If an initial sparsity is asked of a method that has no ramp, groups are missing, a method that
+            decides masks itself is to decide those of channels, or no sub-net has what the method is for.
     """
 
     def __init__(
@@ -88,7 +83,7 @@ class MaskUpdater:
         if method.needs_channels and not any(plan.pattern.by_groups for plan in plans):
             raise ConfigError(
                 f"method {method.name!r} scores whole channels, and no sub-net drops any: their patterns are "
-                f'{", ".join(sorted({plan.pattern.name for plan in plans}))}; add pattern="channel", or choose '
+                f"{', '.join(sorted({plan.pattern.name for plan in plans}))}; add pattern='channel', or choose "
                 "another method"
             )
         self.config = config
