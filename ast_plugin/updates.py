@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ast_plugin.channel_states import ChannelStates
 from ast_plugin.channel_updates import ChannelUpdates
 from ast_plugin.channels import ChannelGroups
 from ast_plugin.config import ASTConfig
@@ -56,10 +57,11 @@ class MaskUpdater:
         masks: The store; changed in place.
         groups: The channel groups, where a plan has a pattern that goes by them.
         group_distribution: How the sparsity of channel sub-nets is spread over the groups.
+        states: What units lie in beside the masked weights, for methods that score whole units.
 
     Raises:
-        ConfigError: If an initial sparsity is asked of a method that has no ramp, groups are missing, or a method that
-            decides masks itself is to decide those of channels.
+        ConfigError: If an initial sparsity is asked of a method that has no ramp, groups are missing, a method that
+            decides masks itself is to decide those of channels, or no sub-net has what the method is for.
     """
 
     def __init__(
@@ -72,11 +74,18 @@ class MaskUpdater:
         masks: MaskStore,
         groups: ChannelGroups | None = None,
         group_distribution: Distribution = uniform,
+        states: ChannelStates | None = None,
     ) -> None:
         if config.initial_sparsity is not None and method.initial_sparsity is None:
             raise ConfigError(
                 f"initial_sparsity={config.initial_sparsity:g} has no meaning for method {method.name!r}, which starts "
                 "at the target sparsity; leave it out, or choose a method with a ramp such as 'granet'"
+            )
+        if method.needs_channels and not any(plan.pattern.by_groups for plan in plans):
+            raise ConfigError(
+                f"method {method.name!r} scores whole channels, and no sub-net drops any: their patterns are "
+                f"{', '.join(sorted({plan.pattern.name for plan in plans}))}; add pattern='channel', or choose "
+                "another method"
             )
         self.config = config
         self.method = method
@@ -95,7 +104,13 @@ class MaskUpdater:
             self._decisions = MaskDecisions(config, method=method, masks=masks, spread=self._weights.layer_sparsities)
         if groups is not None and len(groups) and by_groups:
             self._channels = ChannelUpdates(
-                config, by_groups, method=method, distribution=group_distribution, masks=masks, groups=groups
+                config,
+                by_groups,
+                method=method,
+                distribution=group_distribution,
+                masks=masks,
+                groups=groups,
+                states=states,
             )
         elif by_groups:
             raise ConfigError(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ast_plugin.activation import MaskedActivation, ShardedActivation
+from ast_plugin.channel_states import ChannelStates
 from ast_plugin.channels import ChannelGroups
 from ast_plugin.config import ASTConfig, CorrectionOptions, LayerSparsity, Moment
 from ast_plugin.distributed import from_first_rank
@@ -245,6 +246,7 @@ def _build(
         masks = sharded_masks = ShardedMasks(names, parameters)
         local_masks = sharded_masks.local
     layers, grouped = [choice.name for choice in prunable], [group.name for group in groups.groups] if groups else []
+    normalization = PrivateNormalization(bare, names, default, enabled=config.private_normalization)
     updater = MaskUpdater(
         config,
         plans,
@@ -253,9 +255,9 @@ def _build(
         masks=masks,
         groups=groups,
         group_distribution=_distribution(config, names, registry, "uniform", grouped, layers),
+        states=ChannelStates(bare, groups, normalization, masks.shapes) if groups else None,
     )
     sampler = build_sampler(method, config, plans, masks.shapes, groups=groups, sharded=is_sharded)
-    normalization = PrivateNormalization(bare, names, default, enabled=config.private_normalization)
     check_private_in_optimizer(optimizer, bare, normalization.parameter_names)
     check_first_momentum(optimizer, normalization.parameter_names)
     normalization.adopt_optimizer_state(optimizer)

@@ -89,6 +89,7 @@ FLOORS = {
     "sliced_model": 4,
     "updates": 4,
     "channel_scores": 4,
+    "channel_states": 4,
     "channel_updates": 4,
     "weight_updates": 4,
     "grouping": 4,

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ast_plugin.integrations.frameworks.sparsifiers import from_sparsifier
+    from ast_plugin.integrations.frameworks.torch_pruning import from_importance
 
 __all__ = [
+    "from_importance",
     "from_sparsifier",
 ]
 
 _MODULES = {
+    "from_importance": "torch_pruning",
     "from_sparsifier": "sparsifiers",
 }
 
