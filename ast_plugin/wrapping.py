@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ast_plugin.activation import MaskedActivation, ShardedActivation
+from ast_plugin.channel_states import ChannelStates
 from ast_plugin.channels import ChannelGroups
 from ast_plugin.config import ASTConfig, CorrectionOptions, LayerSparsity, Moment
 from ast_plugin.distributed import from_first_rank
@@ -52,6 +53,7 @@ from ast_plugin.wrapping_checks import (
     check_kind,
     check_outermost,
     check_private_in_optimizer,
+    check_turns,
     taken_over,
 )
 
@@ -222,6 +224,7 @@ def _build(
         steps_per_epoch=config.steps_per_epoch,
         names=names,
         default=default,
+        sparsities=[plan.target_sparsity for plan in plans],
     )
     bare = bare_model(model)
     reshard(bare)
@@ -236,12 +239,14 @@ def _build(
     layouts = {name: layout_of(name, parameter) for name, parameter in parameters.items()}
     masks = local_masks = MaskStore(names, {choice.name: choice.shape for choice in prunable})
     is_sharded = any(layout is not None for layout in layouts.values())
+    check_turns(alternation, samples=method.name if method.sampler is not None else None, sharded=is_sharded)
     if is_sharded:
         check_correction(registry)
         parameters, local = ShardedSlots(bare, parameters), LocalSlots(bare, parameters)
         masks = sharded_masks = ShardedMasks(names, parameters)
         local_masks = sharded_masks.local
     layers, grouped = [choice.name for choice in prunable], [group.name for group in groups.groups] if groups else []
+    normalization = PrivateNormalization(bare, names, default, enabled=config.private_normalization)
     updater = MaskUpdater(
         config,
         plans,
@@ -250,9 +255,9 @@ def _build(
         masks=masks,
         groups=groups,
         group_distribution=_distribution(config, names, registry, "uniform", grouped, layers),
+        states=ChannelStates(bare, groups, normalization, masks.shapes) if groups else None,
     )
     sampler = build_sampler(method, config, plans, masks.shapes, groups=groups, sharded=is_sharded)
-    normalization = PrivateNormalization(bare, names, default, enabled=config.private_normalization)
     check_private_in_optimizer(optimizer, bare, normalization.parameter_names)
     check_first_momentum(optimizer, normalization.parameter_names)
     normalization.adopt_optimizer_state(optimizer)

@@ -29,7 +29,14 @@ from ast_plugin.plugins_discovery import AUTOLOAD_VARIABLE, BLOCK_VARIABLE
 from ast_plugin.plugins_host import PluginHost
 from ast_plugin.version import __version__
 
-ORDER = {"count": 3, "seed": 0, "steps_per_epoch": None, "names": ("s50", "s90", "2:4"), "default": "s90"}
+ORDER = {
+    "count": 3,
+    "seed": 0,
+    "steps_per_epoch": None,
+    "names": ("s50", "s90", "2:4"),
+    "default": "s90",
+    "sparsities": (0.5, 0.9, 0.5),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -315,6 +322,30 @@ def test_everything_can_be_offered() -> None:
     assert callable(registry.distribution("flat"))
     assert registry.alternation("last", **ORDER).sub_net_at(0) == 2
     assert registry.alternation("last:2", **ORDER).sub_net_at(0) == 1
+
+
+def test_an_order_is_given_what_it_asks_for() -> None:
+    given: dict[str, Any] = {}
+
+    def none() -> FixedOrder:
+        return FixedOrder(0)
+
+    def some(*, names: Any, sparsities: Any) -> FixedOrder:
+        given.update(some=(names, sparsities))
+        return FixedOrder(1)
+
+    def everything(**arguments: Any) -> FixedOrder:
+        given.update(everything=arguments)
+        return FixedOrder(2)
+
+    builds = (none, some, everything)
+    records = [AlternationRecord(name=build.__name__, description="d", build=build) for build in builds]
+    registry = alone(Offers(alternations=records))
+    assert [registry.alternation(record.name, **ORDER).sub_net_at(0) for record in records] == [0, 1, 2]
+    assert given == {
+        "some": (("s50", "s90", "2:4"), (0.5, 0.9, 0.5)),
+        "everything": {**ORDER, "argument": None},
+    }
 
 
 def test_the_last_registered_plugin_is_asked_first_and_may_pass() -> None:
@@ -676,6 +707,69 @@ class PlainNet(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 5))
 
 
+# ---------------------------------------------------------------- plugins by keyword
+
+
+def test_a_keyword_that_is_no_setting_names_a_plugin() -> None:
+    seen = Watcher()
+    model = net()
+    ast_plugin.wrap(adamw(model), model, sparsities=(0.5,), total_steps=4, method="static", watcher=seen)
+    assert seen.seen == [("ast_sub_net_switched", "s50")]
+    names = [plugin.name for plugin in alone(Watcher(), keywords={"watcher": seen}).loaded()]
+    assert names == ["built-in", "Watcher", "watcher"]
+
+
+def test_a_plugin_by_keyword_goes_with_settings_in_one_object_and_is_asked_before_others() -> None:
+    model = net()
+    config = ast_plugin.ASTConfig(sparsities=(0.5,), total_steps=4, method="static")
+    order: list[str] = []
+
+    class Chooser:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        @hookimpl
+        def ast_select_parameters(self) -> None:
+            order.append(self.name)
+
+    ast_plugin.wrap(adamw(model), model, config, plugins=[Chooser("passed")], chooser=Chooser("keyword"))
+    assert order == ["keyword", "passed"]
+
+
+def test_a_plugin_given_in_both_ways_takes_part_once_under_its_keyword() -> None:
+    seen = Watcher()
+    loaded = alone(seen, Watcher(), keywords={"watcher": seen}).loaded()
+    assert [plugin.name for plugin in loaded] == ["built-in", "Watcher", "watcher"]
+
+
+def test_a_keyword_that_is_the_name_of_an_installed_plugin_is_numbered(site: Callable[..., Path]) -> None:
+    site("my-methods", "zeal", METHOD_PLUGIN.format(name="zeal"))
+    loaded = PluginRegistry([Watcher()], keywords={"zeal": Watcher()}).loaded()
+    assert {"zeal", "zeal-2", "Watcher"} <= {plugin.name for plugin in loaded}
+
+
+@pytest.mark.parametrize("value", [3, None, "static", net])
+def test_a_keyword_with_anything_else_is_an_unknown_setting(value: Any) -> None:
+    model = net()
+    with pytest.raises(ConfigError, match="unknown setting 'watcher'"):
+        ast_plugin.wrap(adamw(model), model, sparsities=(0.5,), total_steps=4, watcher=value)
+
+
+def test_a_keyword_with_a_class_or_with_unmarked_functions_says_what_is_missing() -> None:
+    class Unmarked:
+        def ast_step_finished(self) -> None:
+            """Lacks its mark."""
+
+    model = net()
+    for value, message in (
+        (Watcher, r"'watcher' .* is the class Watcher: give an object of it, Watcher\(\)"),
+        (Unmarked(), "'watcher' .* has an unmarked function 'ast_step_finished'"),
+    ):
+        with pytest.raises(PluginError, match=message):
+            ast_plugin.wrap(adamw(model), model, sparsities=(0.5,), total_steps=4, watcher=value)
+    assert not model._forward_pre_hooks
+
+
 # ---------------------------------------------------------------- installed plugins
 
 
@@ -866,7 +960,7 @@ def test_what_breaks_only_when_it_is_used_names_the_plugin_too() -> None:
     assert pattern.unit_count((2, 3)) == 6
     with pytest.raises(PluginError, match=r"keep_top of pattern 'brittle'.*in keep_top"):
         pattern.keep_top(torch.ones(6), 3, (2, 3))
-    order = registry.alternation("brittle", count=2, seed=0, steps_per_epoch=None, names=("a", "b"), default="a")
+    order = registry.alternation("brittle", **ORDER)
     with pytest.raises(PluginError, match=r"sub_net_at of alternation 'brittle'.*in sub_net_at"):
         order.sub_net_at(0)
     with pytest.raises(PluginError, match=r"the sparsity schedule of method 'brittle'.*in schedule"):
