@@ -185,7 +185,7 @@ class ASTCallback(pl.Callback):
             network,
             optimizer=optimizer_of(trainer, network),
             plugins=self._plugins,
-            known_method=self._method is not None,
+            method=self._method,
         )
         if trainer.ckpt_path is not None and self._loaded is None and not self._resume_plain:
             raise StateError(
