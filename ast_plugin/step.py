@@ -44,7 +44,7 @@ class TrainingStep:
         self._counts = False
         self._carrying = False
         self._resting = 0  # how many times a step in progress was interrupted, one within the other
-        self._corrections = StepCorrection(parts, self.at)
+        self._corrections = StepCorrection(parts, self._at, self.rules)
         self._correction: Correction | None = None
         self._agreed = False
         self._updated = False  # a step that is made again after it was broken off must not regrow twice
@@ -54,10 +54,9 @@ class TrainingStep:
     @property
     def scheduled(self) -> str:
         """The sub-net that the next step trains."""
-        return self.at(self.number)
+        return self._at(self.number)
 
-    def at(self, step: int) -> str:
-        """Return the sub-net that a step trains."""
+    def _at(self, step: int) -> str:
         names, alternation = self._parts.names, self._parts.alternation
         index = alternation.sub_net_at(step)
         if not isinstance(index, int) or not 0 <= index < len(names):

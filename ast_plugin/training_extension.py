@@ -62,10 +62,9 @@ class ExtendedRun(SampledRun):
         Args:
             step: Optimizer step of the run, from 0; also one that has not come yet.
         """
-        several = getattr(self._parts.alternation, "sub_nets_at", None)
-        if several is not None:
-            return tuple(self._parts.names[index] for index in several(step))
-        return (self._step.at(step),)
+        alternation, names = self._parts.alternation, self._parts.names
+        several = getattr(alternation, "sub_nets_at", None)
+        return tuple(names[i] for i in ((alternation.sub_net_at(step),) if several is None else several(step)))
 
     def _clean_up(self) -> None:
         callbacks, self._cleanups = self._cleanups, []
