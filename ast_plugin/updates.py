@@ -13,6 +13,7 @@ from ast_plugin.channels import ChannelGroups
 from ast_plugin.config import ASTConfig
 from ast_plugin.distributions import Distribution, uniform
 from ast_plugin.errors import ConfigError
+from ast_plugin.mask_forms import as_mask
 from ast_plugin.masks import MaskStore
 from ast_plugin.methods import Method
 from ast_plugin.plans import SubNetPlan
@@ -210,6 +211,28 @@ class MaskUpdater:
                 return self._replace_units(self._channels, plan, units, target)
             self.masks.replace(sub_net, self._weights.selected(plan, target, step, weights))
         return MaskUpdate(sub_net=sub_net, target=target, achieved=self.achieved(sub_net), grown={})
+
+    def by_score(
+        self, sub_net: str, scores: Mapping[str, Tensor], *, within: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return masks of as many weights (or units) as `sub_net` keeps now, by the highest scores; nothing changes.
+
+        One threshold goes for all parameters, as far as the pattern leaves the choice.
+
+        Args:
+            sub_net: Whose number and pattern.
+            scores: One a weight, of any floating dtype, by parameter name.
+            within: Masks of weights that go before all others; None for none.
+
+        Returns:
+            By parameter name, bool masks of the weights.
+        """
+        plan = self.plans[sub_net]
+        with torch.no_grad():
+            if self._channels is None or not plan.pattern.by_groups:
+                return self._weights.by_score(plan, scores, within)
+            masks = self._channels.masks(self._channels.by_score(plan, scores, within))
+            return {name: as_mask(mask).to(scores[name].device) for name, mask in masks.items()}
 
     def _replace_units(
         self, channels: ChannelUpdates, plan: SubNetPlan, units: dict[str, Tensor], target: float

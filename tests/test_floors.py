@@ -34,6 +34,7 @@ FLOORS = {
     "kept": 1,
     "mask_forms": 1,
     "masking": 1,
+    "named_tensors": 1,
     "packs": 1,
     "patterns": 1,
     "random_state": 1,
