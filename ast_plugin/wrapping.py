@@ -52,6 +52,7 @@ from ast_plugin.wrapping_checks import (
     check_kind,
     check_outermost,
     check_private_in_optimizer,
+    check_turns,
 )
 
 _HISTORY_POINTS = 50
@@ -218,6 +219,7 @@ def _build(
         steps_per_epoch=config.steps_per_epoch,
         names=names,
         default=default,
+        sparsities=[plan.target_sparsity for plan in plans],
     )
     bare = bare_model(model)
     reshard(bare)
@@ -232,6 +234,7 @@ def _build(
     layouts = {name: layout_of(name, parameter) for name, parameter in parameters.items()}
     masks = local_masks = MaskStore(names, {choice.name: choice.shape for choice in prunable})
     is_sharded = any(layout is not None for layout in layouts.values())
+    check_turns(alternation, samples=method.name if method.sampler is not None else None, sharded=is_sharded)
     if is_sharded:
         check_correction(registry)
         parameters, local = ShardedSlots(bare, parameters), LocalSlots(bare, parameters)

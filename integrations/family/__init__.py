@@ -2,3 +2,7 @@
 
 They come in through the hooks of `ast_plugin.hookspecs` and the public controller alone, as anybody's would.
 """
+
+from ast_plugin.integrations.family.alternations import DensePivotOrder, JointOrder
+
+__all__ = ["DensePivotOrder", "JointOrder"]

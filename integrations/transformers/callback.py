@@ -226,6 +226,7 @@ class ASTCallback(TrainerCallback):
                     plugins=self._plugins,
                     keywords=self._keywords,
                     known_method=self._method is not None,
+                    closure=False,
                 )
             self._binding = Binding(trainer, self)
         return self._binding
