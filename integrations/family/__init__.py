@@ -4,5 +4,6 @@ They come in through the hooks of `ast_plugin.hookspecs` and the public controll
 """
 
 from ast_plugin.integrations.family.alternations import DensePivotOrder, JointOrder
+from ast_plugin.integrations.family.sup_tickets import SupTickets
 
-__all__ = ["DensePivotOrder", "JointOrder"]
+__all__ = ["DensePivotOrder", "JointOrder", "SupTickets"]

@@ -5,6 +5,7 @@ Nothing of transformers is imported here: a model saves itself, and the sub-nets
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -19,6 +20,7 @@ from ast_plugin.elastic_file import ELASTIC
 from ast_plugin.errors import ConfigError, SaveError
 from ast_plugin.export import SubNetSource, export_model
 from ast_plugin.files import atomic_write_text, file_path
+from ast_plugin.integrations.family.sup_tickets_hosts import further_versions
 from ast_plugin.report import Report
 from ast_plugin.sealed_file import to_json
 from ast_plugin.sharding import is_sharded
@@ -27,6 +29,7 @@ from ast_plugin.training import AlternatingSparseTraining
 from ast_plugin.version import __version__
 
 CONFIG = "ast_config.json"
+LAST = "elastic_last.safetensors"
 
 _FORMAT = "ast_plugin.config"
 _VERSION = 1
@@ -36,6 +39,9 @@ def save_sub_nets(
     ast: AlternatingSparseTraining, folder: str | os.PathLike[str], *, elastic: bool = True
 ) -> list[Path]:
     """Write the sub-nets beside the saved model: ``elastic.safetensors``, and ``ast_config.json`` for programs.
+
+    Of a run with superposed sub-nets (`ast_plugin.integrations.family.SupTickets`) it writes those, and the last ones
+    as ``elastic_last.safetensors``.
 
     A Trainer with an `ASTCallback` calls this itself; in a loop of your own call it after
     ``model.save_pretrained(folder)``. As for `AlternatingSparseTraining.save`, call it on one rank; where parameters
@@ -67,13 +73,19 @@ def save_sub_nets(
     files = []
     if elastic:
         files.append(place / ELASTIC)
-        ast.save(files[0], report=Report.from_training(ast, title=f"Sub-nets of {name}").to_dict())
+        with ast.version(ast.preferred_version):
+            page = Report.from_training(ast, title=f"Sub-nets of {name}")
+        ast.save(files[0], report=page.to_dict())
+        if further_versions(ast):
+            files.append(place / LAST)
+            ast.save(files[-1], version="last")
     if _any_sharded(ast.model) and not is_first_rank(ast.model):
         return files
-    summary = json.dumps(to_json(CONFIG, _summary(ast, name, files)), indent=2, allow_nan=False)
+    with ast.version(ast.preferred_version) if elastic else contextlib.nullcontext():
+        summary = json.dumps(to_json(CONFIG, _summary(ast, name, files)), indent=2, allow_nan=False)
     atomic_write_text(place / CONFIG, summary + "\n")
-    if not elastic:
-        (place / ELASTIC).unlink(missing_ok=True)
+    for left_over in {ELASTIC, LAST} - {file.name for file in files}:
+        (place / left_over).unlink(missing_ok=True)
     return [*files, place / CONFIG]
 
 
