@@ -159,6 +159,7 @@ def test_a_run_measures_every_sub_net_in_every_way_and_repeats_itself() -> None:
     assert accuracy_runs.run(settings(seed=1))["figures"] != first["figures"]
 
 
+@pytest.mark.slow
 def test_runs_with_tickets_go_on_from_a_fork_and_come_to_what_they_come_to_without(tmp_path: Path) -> None:
     plain = settings(steps=200)
     tickets = settings(steps=200, mechanisms={"sup_tickets": {"cycles": 2}})

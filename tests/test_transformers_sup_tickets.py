@@ -104,6 +104,7 @@ def test_data_that_the_model_cannot_be_fed_leave_the_averages_with_a_warning(
     assert "stays the average of the tickets" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [18, 24, 27])
 def test_a_run_that_was_resumed_within_a_cycle_is_the_uninterrupted_one(tmp_path: Path, at: int) -> None:
     def made(name: str) -> tuple[Trainer, ASTCallback]:
