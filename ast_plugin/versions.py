@@ -199,10 +199,9 @@ class _Worn:
             parts.bare, version.weights, f"weights of version {name!r}", private=parts.normalization.names
         )
 
-    @torch.no_grad()
     def exchange(self, on: bool) -> None:
         """Have the model hold the version's values, or the run's own; may be repeated after an interrupt."""
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             self._weights.exchange(on)
             for sub_net, own in self._own_masks.items():
                 if on:
