@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from accuracy_runs import AVERAGE, FINAL, RECALIBRATED, Settings
+from accuracy_rows_mixed import MIXED, WITH_DENSE
+from accuracy_runs import AVERAGE, FINAL, RECALIBRATED, Settings, SubNet
 from accuracy_tasks import TASKS
 
 ALTERNATING = "alternating"
@@ -77,7 +78,7 @@ class Table:
 
     title: str
     absolute: bool
-    sparsities: tuple[float, ...] | None = None
+    sparsities: tuple[SubNet, ...] | None = None
 
 
 TABLES = {
@@ -90,6 +91,11 @@ TABLES = {
         title="{measure} of channel sub-nets: mean ± standard deviation over the seeds",
         absolute=True,
         sparsities=CHANNELS,
+    ),
+    "mixed": Table(
+        title="{measure} of sub-nets with different patterns: mean ± standard deviation over the seeds",
+        absolute=True,
+        sparsities=WITH_DENSE,
     ),
 }
 
@@ -321,6 +327,17 @@ _LIST = (
         share=None,
         changes=_channels(),
         text="trained separately, a third of the steps each",
+    ),
+    *(
+        Row(
+            name=name,
+            table="mixed",
+            text=text,
+            changes={"sparsities": sub_nets, **_options(**options)},
+            tasks=("digits",),
+            **fields,
+        )
+        for name, (text, sub_nets, options, fields) in MIXED.items()
     ),
 )
 

@@ -23,11 +23,14 @@ from accuracy_joint import JointTraining
 from accuracy_mechanisms import LateAverage, PrivateParameters, build_mechanism
 from accuracy_tasks import TASKS, Batch, Task
 from ast_plugin.config import CorrectionOptions
+from ast_plugin.integrations.family import plugin as family
+from ast_plugin.sub_nets import SubNetSpec
 from ast_plugin.training import AlternatingSparseTraining
 
 FINAL = "final"
 RECALIBRATED = "recalibrated"
 AVERAGE = "average 0.2"
+SubNet = float | str | tuple[str, float, str]
 WINDOWS = (0.2,)
 RECALIBRATION_BATCHES = 16
 WARMUP_STEPS = 50
@@ -41,7 +44,7 @@ class Settings:
     Attributes:
         task: Name of the task.
         seed: Of the initial weights, the batches and the masks.
-        sparsities: One sub-net each.
+        sparsities: One sub-net each; with a pattern of its own, its name, sparsity and pattern.
         steps: Optimizer steps of the whole run.
         optimizer: ``sgd`` (momentum) or ``adamw`` (with a short warm-up).
         learning_rate: At its highest.
@@ -55,7 +58,7 @@ class Settings:
 
     task: str
     seed: int
-    sparsities: tuple[float, ...]
+    sparsities: tuple[SubNet, ...]
     steps: int
     optimizer: str
     learning_rate: float
@@ -69,6 +72,13 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON keeps them."""
         return {**dataclasses.asdict(self), "sparsities": list(self.sparsities)}
+
+    def sub_nets(self) -> tuple[float | str | SubNetSpec, ...]:
+        """Return the sparsities as `ast_plugin.wrap` takes them."""
+        return tuple(
+            SubNetSpec(name=s[0], sparsity=s[1], pattern=s[2]) if isinstance(s, (tuple, list)) else s
+            for s in self.sparsities
+        )
 
     def ast_options(self) -> dict[str, Any]:
         """Return what `ast_plugin.wrap` is told beside sparsities, steps and seed."""
@@ -105,10 +115,10 @@ def _run_alternating(settings: Settings, task: Task, model: nn.Module) -> dict[s
     controller = ast_plugin.wrap(
         optimizer,
         model,
-        sparsities=settings.sparsities,
+        sparsities=settings.sub_nets(),
         total_steps=settings.steps,
         seed=settings.seed,
-        plugins=[*mechanisms, average],
+        plugins=[family, *mechanisms, average],
         example_inputs=task.batch(0, seed=0)[0][:1],
         **settings.ast_options(),
     )
@@ -116,10 +126,10 @@ def _run_alternating(settings: Settings, task: Task, model: nn.Module) -> dict[s
         mechanism.after_wrap(controller)
     model.train()
 
-    def step_on(batch: Batch, step: int) -> None:
+    def backward(batch: Batch, step: int) -> None:
         task.loss(model, batch).backward()
 
-    seconds = _loop(settings, task, optimizer, step_on)
+    seconds = _loop(settings, task, optimizer, backward, closure=controller.needs_closure)
     statistics = controller.statistics()
     return {
         "figures": readouts(controller, task, settings, average, mechanisms),
@@ -150,16 +160,29 @@ def _run_joint(settings: Settings, task: Task, model: nn.Module) -> dict[str, An
 
 
 def _loop(
-    settings: Settings, task: Task, optimizer: torch.optim.Optimizer, backward: Callable[[Batch, int], None]
+    settings: Settings,
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    backward: Callable[[Batch, int], None],
+    *,
+    closure: bool = False,
 ) -> float:
     """Train; returns processor time, which does not depend on what else the machine does, as one thread computes."""
     started = time.process_time()
     for step in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(step) * group.get("rate", 1.0)
-        optimizer.zero_grad()
-        backward(task.batch(step, seed=settings.seed), step)
-        optimizer.step()
+        batch = task.batch(step, seed=settings.seed)
+
+        def clear_and_go_back(batch: Batch = batch, step: int = step) -> None:
+            optimizer.zero_grad()
+            backward(batch, step)
+
+        if closure:
+            optimizer.step(clear_and_go_back)
+        else:
+            clear_and_go_back()
+            optimizer.step()
     return time.process_time() - started
 
 
