@@ -120,6 +120,7 @@ class PluginRegistry:
             drop_score=_guarded(built.drop_score, plugin, f"the drop score of {where}"),
             grow_score=grow_score,
             sparsity_schedule=_guarded(built.sparsity_schedule, plugin, f"the sparsity schedule of {where}"),
+            decide=built.decide and _guarded(built.decide, plugin, f"the decision of {where}"),
         )
 
     def pattern(self, text: str) -> Pattern:

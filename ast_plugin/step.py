@@ -50,7 +50,7 @@ class TrainingStep:
         )
         self._together = StepTogether(parts, self._turns)
         self._guests = Guests(parts.normalization)
-        self._corrections = StepCorrection(parts, self._turns.first_at)
+        self._corrections = StepCorrection(parts, self._turns.first_at, self.rules)
         self._correction: Correction | None = None
         self._agreed = False
         self._masks = StepMasks(parts, self._tell)

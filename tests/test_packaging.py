@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import ast_plugin
+from ast_plugin.elastic_accessors import ENTRY_POINT_GROUP, accessor_names
 from ast_plugin.plugins import PluginRegistry
 from ast_plugin.version import __version__
 
@@ -57,6 +58,13 @@ def test_the_plugin_of_the_package_itself_is_installed() -> None:
     assert {point.name: point.value for point in points} == PROJECT["project"]["entry-points"]["ast_plugin"]
     loaded = {plugin.name: plugin for plugin in PluginRegistry(autoload=True).loaded()}
     assert loaded["family"].version == __version__
+
+
+def test_ensembles_are_installed_as_an_accessor() -> None:
+    points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP, name="ensemble")
+    assert [point.value for point in points] == ["ast_plugin.integrations.family.ensembles:ensemble"]
+    assert "ensemble" in accessor_names()
+    assert all(callable(point.load()) for point in points)
 
 
 def test_version_is_the_same_everywhere() -> None:

@@ -1,8 +1,9 @@
-"""More ways to train a family of sub-nets, all of them plugins.
+"""More ways to train and use a family of sub-nets, all of them plugins.
 
 They come in through the hooks of `ast_plugin.hookspecs` and the public controller alone, as anybody's would.
 """
 
 from ast_plugin.integrations.family.alternations import DensePivotOrder, JointOrder
+from ast_plugin.integrations.family.ensembles import Ensemble, EnsemblePrediction, ensemble
 
-__all__ = ["DensePivotOrder", "JointOrder"]
+__all__ = ["DensePivotOrder", "Ensemble", "EnsemblePrediction", "JointOrder", "ensemble"]
