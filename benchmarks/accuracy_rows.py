@@ -6,6 +6,7 @@ from typing import Any
 
 from accuracy_row import ALTERNATING, Row, Table
 from accuracy_row import options as _options
+from accuracy_rows_mixed import MIXED, WITH_DENSE
 from accuracy_rows_tickets import rows_of_tickets
 from accuracy_runs import AVERAGE, RECALIBRATED
 
@@ -28,6 +29,11 @@ TABLES = {
     ),
     "tickets": Table(title="{measure}: mean ± standard deviation over the seeds", absolute=True),
     "ticket_gains": Table(title="{measure}: difference from the same run without cycles", absolute=False),
+    "mixed": Table(
+        title="{measure} of sub-nets with different patterns: mean ± standard deviation over the seeds",
+        absolute=True,
+        sparsities=WITH_DENSE,
+    ),
 }
 
 
@@ -254,6 +260,17 @@ _LIST = (
         share=None,
         changes=_channels(),
         text="trained separately, a third of the steps each",
+    ),
+    *(
+        Row(
+            name=name,
+            table="mixed",
+            text=text,
+            changes={"sparsities": sub_nets, **_options(**options)},
+            tasks=("digits",),
+            **fields,
+        )
+        for name, (text, sub_nets, options, fields) in MIXED.items()
     ),
 )
 
