@@ -68,6 +68,10 @@ class ChannelScoreInputs:
         gradients: Their dense gradients, where there are any; None unless the method asks for them.
         kept: The units that the sub-net keeps now, bool (units,).
         generator: CPU generator seeded for this sub-net, step and group; the only legal source of chance.
+        states: The other tensors that its units lie in (biases, normalization), by name, with the values that they
+            have in the sub-net; not to be changed.
+        model: The network, for what tensors do not tell: kinds of layers, how many groups a convolution has. Its
+            tensors may be those of another sub-net. None outside of a run.
     """
 
     group: ChannelGroup
@@ -75,6 +79,8 @@ class ChannelScoreInputs:
     gradients: Mapping[str, Tensor] | None
     kept: Tensor
     generator: torch.Generator
+    states: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    model: nn.Module | None = None
 
 
 ChannelScore = Callable[[ChannelScoreInputs], Tensor]
@@ -148,12 +154,14 @@ class Method:
         grow_initialization: ``keep``: regrown weights go on from their shared value; ``zero``: from zero. Units of
             channel sub-nets always go on from theirs: rows and columns of zeros would get no gradient.
         channel_score: One score a unit, (units,), in place of `drop_score` in channel sub-nets; None: the mean of
-            `drop_score` over the weights of the unit.
+            `drop_score` over the weights of the unit. It is asked once for each group before the first step, also
+            where nothing is dropped yet, so that what it cannot score is known then; there is no gradient at that time.
+        needs_channels: Whether it makes sense for channel sub-nets alone; a run without any is refused.
         sampler: Makes what draws new masks at every step of a run and learns from their losses, in place of mask
             updates, whose scores then only make the masks before the first step. None: nothing does.
         decide: Decides all masks of a sub-net in one call, in place of the scores: the first ones and those of every
-            update. It answers with a decision or with the masks alone; they are checked, and taken as they are. The
-            scores serve the distribution alone, where it asks for any.
+            update. It answers with a decision or with the masks alone, which are checked, and taken as they are; or
+            with None to leave these masks to the scores.
         is_due: Whether a sub-net, trained at a step (from 0) and before that at another (None: never), has an update
             to make now; a pure function. None: the run's own calendar says so, with `update_interval`, `begin_step` and
             `end_step`, which have no meaning otherwise.
@@ -176,8 +184,9 @@ class Method:
     distribution: str = "erk"
     grow_initialization: Literal["keep", "zero"] = "keep"
     channel_score: ChannelScore | None = None
+    needs_channels: bool = False
     sampler: Callable[[SamplerInputs], Sampler] | None = None
-    decide: Callable[[MaskInputs], MaskDecision | Mapping[str, Tensor]] | None = None
+    decide: Callable[[MaskInputs], MaskDecision | Mapping[str, Tensor] | None] | None = None
     is_due: Callable[[int, int | None], bool] | None = None
     take_over: Callable[[torch.optim.Optimizer, nn.Module], Callable[[], None]] | None = None
 
