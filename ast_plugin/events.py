@@ -17,7 +17,7 @@ from ast_plugin.exploration import Loss, losses_of
 from ast_plugin.parts import RunParts
 from ast_plugin.rewinding import Mark
 from ast_plugin.sharding import is_sharding_module
-from ast_plugin.sliced_routes import is_tracing
+from ast_plugin.sliced_routes import check_not_traced, is_tracing
 from ast_plugin.sliced_tensors import Small
 from ast_plugin.step import TrainingStep
 from ast_plugin.training_state import KEY, RunState
@@ -79,6 +79,7 @@ class RunEvents(Blocks):
             activation.refresh(compiling=compiling)
         if self._hands_off():
             return
+        check_not_traced()
         if current_backward() != NO_BACKWARD:
             raise ActivationError(
                 "the wrapped model's forward runs for the first time inside backward, so its first pass ran without "
