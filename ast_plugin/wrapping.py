@@ -53,6 +53,7 @@ from ast_plugin.wrapping_checks import (
     check_kind,
     check_outermost,
     check_private_in_optimizer,
+    taken_over,
 )
 
 _HISTORY_POINTS = 50
@@ -138,16 +139,19 @@ def wrap(
     optimizer = innermost_optimizer(optimizer)
     check_kind(optimizer, model)
     check_outermost(outermost, model)
+    if isinstance(method, Method):
+        keywords |= plugin_keywords({"method": method}, ())[1]
     registry = PluginRegistry(plugins, keywords=keywords)
     rule = method if isinstance(method, Method) else registry.method(settings.method)
     called = model if outermost is None else outermost
     search = functools.partial(resolve_groups, example_inputs=example_inputs, groups=groups)
-    parts = _build(optimizer, model, settings, registry, rule, called=called, search=search)
-    parts.updater.initialize(Gathered(parts.parameters))
-    if not parts.sharded:  # gathered weights are the same to all ranks
-        _take_from_first_rank(parts)
-    training = AlternatingSparseTraining(parts)
-    training.attach()
+    with taken_over(rule, optimizer, model):
+        parts = _build(optimizer, model, settings, registry, rule, called=called, search=search)
+        parts.updater.initialize(Gathered(parts.parameters))
+        if not parts.sharded:  # gathered weights are the same to all ranks
+            _take_from_first_rank(parts)
+        training = AlternatingSparseTraining(parts)
+        training.attach()
     return training
 
 
@@ -206,8 +210,8 @@ def _build(
 ) -> RunParts:
     specs = config.sub_nets
     names = tuple(spec.name for spec in specs)
-    # Where masks never change, a run needs no schedule, and so no total_steps.
-    changes = method.updates or method.sampler is not None
+    # Where masks never change, or the method says when, a run needs no schedule, and so no total_steps.
+    changes = (method.updates and method.is_due is None) or method.sampler is not None
     calendars = resolve_calendars(config, len(specs)) if changes else (_NO_UPDATES,) * len(specs)
     patterns = {spec.name: registry.pattern(spec.pattern or config.pattern) for spec in specs}
     plans = build_plans(config, patterns, calendars)

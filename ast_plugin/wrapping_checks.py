@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from ast_plugin.attachment import is_attached
 from ast_plugin.errors import SelectionError, WrapError
+from ast_plugin.methods import Method
 from ast_plugin.optimizers import refusal_of, trained_by
 from ast_plugin.parameters import ParameterChoice
 from ast_plugin.plugins import PluginRegistry
@@ -43,6 +45,18 @@ def check_kind(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
             f"{scripted[0] or 'the model'} is a module of TorchScript, which takes none of the hooks that wrap "
             "needs; put the ordinary module in its place"
         )
+
+
+@contextlib.contextmanager
+def taken_over(method: Method, optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[None]:
+    """Have a method take over model and optimizer (`Method.take_over`), and undo it if the block fails."""
+    undo = None if method.take_over is None else method.take_over(optimizer, bare_model(model))
+    try:
+        yield
+    except BaseException:
+        if undo is not None:
+            undo()
+        raise
 
 
 def check_outermost(outermost: object, model: nn.Module) -> None:

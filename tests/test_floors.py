@@ -62,6 +62,7 @@ FLOORS = {
     "attachment": 4,
     "checkpoint": 4,
     "compile": 4,
+    "decisions": 4,
     "distributed": 4,
     "elastic": 4,
     "gradients": 4,

@@ -9,14 +9,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ast_plugin.integrations.frameworks.rigl import take_over
+    from ast_plugin.integrations.frameworks.sparsifiers import from_sparsifier
     from ast_plugin.integrations.frameworks.torch_pruning import from_importance
 
 __all__ = [
     "from_importance",
+    "from_sparsifier",
+    "take_over",
 ]
 
 _MODULES = {
     "from_importance": "torch_pruning",
+    "from_sparsifier": "sparsifiers",
+    "take_over": "rigl",
 }
 
 
