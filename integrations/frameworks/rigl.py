@@ -68,7 +68,7 @@ def take_over(
     else:
         run = running(scheduler)
     method = RigLMethod.of(run)
-    first = SubNetSpec(name=sparsity_name(round(method.sparsity, 3)), sparsity=method.sparsity)
+    first = SubNetSpec(name=sparsity_name(run.asked), sparsity=method.sparsity)
     for entry in sparser:
         wanted = entry.sparsity if isinstance(entry, SubNetSpec) else entry
         if not isinstance(wanted, (int, float)) or not method.sparsity < wanted < 1:
@@ -203,7 +203,8 @@ class _Course:
         if not self._begun:
             raise ConfigError(
                 f"sub-net {inputs.sub_net!r} is the densest and has sparsity {inputs.sparsity:.6g}, and rigl-torch's "
-                f"masks have {self.sparsity:.6g}; give wrap the sparsities that take_over returned, and others by its sparser"
+                f"masks have {self.sparsity:.6g}; give wrap the sparsities that take_over returned, and sparser ones "
+                "to take_over"
             )
         masks = {}
         for name, weight in inputs.weights.items():

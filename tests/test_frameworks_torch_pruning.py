@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch_pruning as tp
 from networks import image_batch, sgd, train
 from residual_networks import residual_groups, residual_net, token_groups, token_net
 from torch import Tensor, nn
@@ -16,14 +17,12 @@ from torch.nn import functional
 
 import ast_plugin
 from ast_plugin.errors import ConfigError
+from ast_plugin.integrations.frameworks.torch_pruning import from_importance
 from ast_plugin.methods import GMP, SET
 from ast_plugin.sub_nets import SubNetSpec
 
 pytestmark = pytest.mark.extra("channels")
 
-tp = pytest.importorskip("torch_pruning")
-
-from ast_plugin.integrations.frameworks.torch_pruning import from_importance  # noqa: E402  # needs the package above
 
 CASES = {"residual": (residual_net, residual_groups), "tokens": (token_net, token_groups)}
 IMPORTANCES = {
