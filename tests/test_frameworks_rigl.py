@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import sys
 import warnings
@@ -13,6 +14,7 @@ import pytest
 import torch
 from networks import adamw, assert_same, conv_net, image_batch, sgd, snapshot, train
 from rigl_torch.RigL import RigLScheduler
+from test_docs import ROOT, blocks_of, run_blocks
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -361,3 +363,10 @@ def test_another_version_and_a_missing_package_are_told_with_what_to_install(mon
         MissingExtraError, match=r"that cannot be imported \(.*\); install it with: pip install --no-deps rigl-torch"
     ):
         take_over(state, model=model)
+
+
+def test_the_example_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = (b for b in blocks_of((ROOT / "docs" / "torch_pruning.md").read_text(), "python") if b.reason)
+    made = run_blocks([dataclasses.replace(block, reason=None)], "docs/torch_pruning.md")
+    assert made["ast"].sub_nets == ("s70", "s90")
+    assert "rigl-torch has no mask of it" in capsys.readouterr().out
