@@ -84,7 +84,15 @@ class ChannelScores:
             for name in names:
                 if name not in made:
                     made[name] = self._of_weight(sub_net, name, score, step, weights[name].detach(), gradients)
-        return {group.name: self._mean(group, made) for group in self._groups.groups}
+        return self.of_weights(made)
+
+    def of_weights(self, scores: Mapping[str, Tensor]) -> Units:
+        """Return the mean of the scores of each unit's weights.
+
+        Args:
+            scores: One a weight, by parameter name, of all weights of the groups.
+        """
+        return {group.name: self._mean(group, scores) for group in self._groups.groups}
 
     def _asked(
         self,

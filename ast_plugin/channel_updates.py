@@ -8,6 +8,7 @@ that it drops go from the other too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -17,7 +18,7 @@ from ast_plugin.channel_scores import ChannelScores, Units
 from ast_plugin.channel_states import ChannelStates
 from ast_plugin.channels import ChannelGroups
 from ast_plugin.config import ASTConfig
-from ast_plugin.distributions import Distribution, DistributionRequest, LayerRequest, kept_units
+from ast_plugin.distributions import Distribution, DistributionRequest, LayerRequest, global_magnitude, kept_units
 from ast_plugin.errors import ConfigError
 from ast_plugin.mask_forms import CutMask
 from ast_plugin.masks import MaskStore
@@ -135,6 +136,22 @@ class ChannelUpdates:
             for name, flags in chosen.items()
         }
 
+    def by_score(self, plan: SubNetPlan, scores: Mapping[str, Tensor], within: Mapping[str, Tensor] | None) -> Units:
+        """Return as many units as a sub-net keeps now, those with the highest mean scores in all groups.
+
+        Args:
+            plan: The sub-net's plan.
+            scores: One a weight, by parameter name.
+            within: Masks whose units go before all others; None for none.
+        """
+        made = self._scores.of_weights(scores)
+        if within is not None:
+            first = self.groups.kept(within)
+            made = {name: units.masked_fill(~first[name].to(units.device), -math.inf) for name, units in made.items()}
+        request = self._request(plan, self.sparsity(plan.name), lambda: made)
+        counts = kept_units(request, global_magnitude(request), allow_empty_layers=False)
+        return {name: keep_largest(made[name], count) for name, count in zip(self._sizes, counts, strict=True)}
+
     def trimmed(self, plan: SubNetPlan, units: Units) -> dict[str, Units]:
         """Return the units of sparser sub-nets that hold any which `units` of `plan` lack, without those."""
         found = {}
@@ -226,15 +243,7 @@ class ChannelUpdates:
 
     def _counts(self, plan: SubNetPlan, sparsity: float, scores: Callable[[], Units]) -> dict[str, int]:
         """Return how many units each group keeps at `sparsity`, adding up exactly."""
-        request = DistributionRequest(
-            layers=tuple(
-                LayerRequest(name=group.name, shape=(group.units,), units=group.units) for group in self.groups.groups
-            ),
-            sparsity=sparsity,
-            target_sparsity=plan.target_sparsity,
-            sub_net=plan.name,
-            unit_scores=lambda: list(scores().values()),
-        )
+        request = self._request(plan, sparsity, scores)
         shares = self._distribution(request)
         if self._config.distribution != "global":
             for group, share in zip(self.groups.groups, shares, strict=True):
@@ -253,6 +262,15 @@ class ChannelUpdates:
             )
         counts = kept_units(request, shares, allow_empty_layers=False)
         return dict(zip(self._sizes, counts, strict=True))
+
+    def _request(self, plan: SubNetPlan, sparsity: float, scores: Callable[[], Units]) -> DistributionRequest:
+        return DistributionRequest(
+            layers=tuple(LayerRequest(name=name, shape=(units,), units=units) for name, units in self._sizes.items()),
+            sparsity=sparsity,
+            target_sparsity=plan.target_sparsity,
+            sub_net=plan.name,
+            unit_scores=lambda: list(scores().values()),
+        )
 
 
 def _within(counts: Mapping[str, int], room: Mapping[str, int]) -> dict[str, int]:

@@ -307,7 +307,16 @@ class _Watched:
 
     def __getattr__(self, name: str) -> Any:
         where = f"{name} of {self._where}"
-        value = _guarded(getattr, self._plugin, where)(self._target, name)
+        try:
+            value = getattr(self._target, name)
+        except AttributeError as error:
+            if name in dir(self._target):
+                raise failure(self._plugin, where, error) from error
+            raise
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise failure(self._plugin, where, error) from error
         return _guarded(value, self._plugin, where) if callable(value) else value
 
 

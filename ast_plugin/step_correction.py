@@ -11,6 +11,7 @@ from ast_plugin.correction import Correction, correct
 from ast_plugin.parts import RunParts
 from ast_plugin.reference import ComparedGradients, correct_pairs, correct_whole
 from ast_plugin.sharding import add_over_ranks
+from ast_plugin.step_updates import UpdateRules
 
 
 class StepCorrection:
@@ -19,11 +20,13 @@ class StepCorrection:
     Args:
         parts: The run's components.
         sub_net_at: Returns the sub-net that a step trains.
+        rules: When masks are updated.
     """
 
-    def __init__(self, parts: RunParts, sub_net_at: Callable[[int], str]) -> None:
+    def __init__(self, parts: RunParts, sub_net_at: Callable[[int], str], rules: UpdateRules) -> None:
         self._parts = parts
         self._sub_net_at = sub_net_at
+        self._rules = rules
 
     def correct(self, name: str, step: int, last_steps: Mapping[str, int | None]) -> Correction | None:
         """Correct the gradients in place.
@@ -46,7 +49,7 @@ class StepCorrection:
         if reference.serves(name) and (options.first_step or not alternation.is_group_start(step)):
             pairs = reference.pairs(name)
         ahead = options.first_step or not alternation.is_group_start(step + 1)
-        reference.take(name if ahead else None, self._coming(step + 1, last_steps) if ahead else None)
+        reference.take(name if ahead else None, self._coming(step + 1, {**last_steps, name: step}) if ahead else None)
         if not pairs:
             return None
         if parts.sharded:
@@ -80,4 +83,4 @@ class StepCorrection:
         if parts.registry.extends("ast_correct_gradients"):
             return None
         name = self._sub_net_at(step)
-        return None if parts.updater.is_due(name, step, last_steps[name]) else name
+        return name if self._rules.drop_fraction(name, step, last_steps[name]) is None else None

@@ -32,14 +32,14 @@ from ast_plugin.sharding import gathered
 from ast_plugin.sliced_routes import way_of
 from ast_plugin.step import TrainingStep
 from ast_plugin.sub_nets import check_sub_net
-from ast_plugin.training_extension import ExtendedRun
 from ast_plugin.training_state import RunState
+from ast_plugin.training_turns import TurnTakingRun
 from ast_plugin.twins import Twin
 
 _AVERAGED = ("running_mean", "running_var")
 
 
-class AlternatingSparseTraining(ExtendedRun):
+class AlternatingSparseTraining(TurnTakingRun):
     """One ordinary training run that yields several sparse sub-nets on shared weights.
 
     Made by `ast_plugin.wrap`; the training loop stays as it is. Everything here is safe to call between steps.
@@ -73,21 +73,6 @@ class AlternatingSparseTraining(ExtendedRun):
     def default_sub_net(self) -> str:
         """The sub-net that evaluation uses when none is chosen: the densest, unless set otherwise."""
         return self._parts.default
-
-    @property
-    def active(self) -> str:
-        """The sub-net chosen by ``with sub_net(...)``, or else the one that the next step trains."""
-        return self._events.chosen or self._step.scheduled
-
-    @property
-    def chosen(self) -> str | None:
-        """The sub-net of the innermost ``with sub_net(...)`` that is open; None outside of any."""
-        return self._events.chosen
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps that have happened."""
-        return self._step.number
 
     @property
     def groups(self) -> ChannelGroups | None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from ast_plugin.errors import ConfigError
+from ast_plugin.named_tensors import checked_masks, checked_tensors
+from ast_plugin.sharding import full
 from ast_plugin.step_updates import UpdateRule
+from ast_plugin.sub_nets import check_sub_net
 from ast_plugin.training_sampling import SampledRun
 
 
@@ -62,10 +67,43 @@ class ExtendedRun(SampledRun):
         Args:
             step: Optimizer step of the run, from 0; also one that has not come yet.
         """
-        several = getattr(self._parts.alternation, "sub_nets_at", None)
-        if several is not None:
-            return tuple(self._parts.names[index] for index in several(step))
-        return (self._step.at(step),)
+        return self._step.sub_nets_at(step)
+
+    def masks_by_score(
+        self, name: str, scores: Mapping[str, Tensor], *, within: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return masks for a sub-net that are chosen by scores from outside; the run stays as it is.
+
+        As many weights are kept as the sub-net keeps now, of a pattern with larger units as many units. Those with the
+        highest scores are: one threshold goes for all parameters (for all channel groups), as in the distribution
+        ``global``, as far as the pattern leaves the choice. A unit has the mean score of its weights. Equal scores go
+        to the lower index, no layer loses its last weight unless ``allow_empty_layers`` says so, and where units differ
+        in size, the number of weights is right to within half a unit.
+
+        Args:
+            name: One of `sub_nets`.
+            scores: By the names of `masks`, floating-point tensors of the weights' shapes, one score a weight. Sharded
+                ones are gathered: a collective.
+            within: Masks of weights that go before all others, whatever their scores, by the same names: those of a
+                denser channel sub-net, for masks that lie in them. None for none.
+
+        Returns:
+            By parameter name, bool masks of the weights' shapes, True = kept, on the devices of the scores.
+
+        Raises:
+            ConfigError: If there is no such sub-net, or scores or `within` do not fit the parameters, or are NaN.
+        """
+        check_sub_net(name, self._parts.names)
+        shapes = self._parts.masks.shapes
+        whole = {key: full(tensor).detach() for key, tensor in checked_tensors("scores", scores, shapes).items()}
+        for key, tensor in whole.items():
+            if not tensor.is_floating_point() or bool(tensor.isnan().any()):
+                found = "NaN among them" if tensor.is_floating_point() else str(tensor.dtype)
+                raise ConfigError(f"scores of {key!r} must be floating-point numbers without NaN, got {found}")
+        first = None
+        if within is not None:
+            first = {key: full(mask) for key, mask in checked_masks("within", within, shapes).items()}
+        return self._parts.updater.by_score(name, whole, within=first)
 
     def _clean_up(self) -> None:
         callbacks, self._cleanups = self._cleanups, []

@@ -15,6 +15,7 @@ from ast_plugin.config import ASTConfig
 from ast_plugin.decisions import MaskDecisions
 from ast_plugin.distributions import Distribution, uniform
 from ast_plugin.errors import ConfigError
+from ast_plugin.mask_forms import as_mask
 from ast_plugin.masks import MaskStore
 from ast_plugin.methods import Method
 from ast_plugin.plans import SubNetPlan
@@ -181,8 +182,9 @@ class MaskUpdater:
         """
         for plan in sorted(self.plans.values(), key=lambda plan: plan.target_sparsity):  # nested ones, densest first
             sparsity = self._initial_sparsity(plan)
-            if self._decisions is not None:
-                self.masks.replace(plan.name, self._decisions.first(plan, sparsity, weights))
+            decided = None if self._decisions is None else self._decisions.first(plan, sparsity, weights)
+            if decided is not None:
+                self.masks.replace(plan.name, decided)
             elif self._channels is not None and plan.pattern.by_groups:
                 self.masks.replace(plan.name, self._channels.masks(self._channels.first(plan, sparsity, weights)))
             else:
@@ -215,8 +217,9 @@ class MaskUpdater:
             if self._channels is not None and plan.pattern.by_groups:
                 units = self._channels.renewed(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
                 return self._replace_units(self._channels, plan, units, sparsity)
-            if self._decisions is not None:
-                masks, grown = self._decisions.renewed(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
+            decided = self._decided(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
+            if decided is not None:
+                masks, grown = decided
             else:
                 masks = self._weights.renewed(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
                 grown = self._grown(sub_net, masks)
@@ -233,10 +236,10 @@ class MaskUpdater:
         """
         plan = self.plans[sub_net]
         target = plan.target_sparsity
-        if self._decisions is not None:
-            if self._initial_sparsity(plan) < target:  # otherwise the last update was for the target, too
-                masks, _ = self._decisions.renewed(plan, target, step, weights, None, drop_fraction=0.0)
-                self.masks.replace(sub_net, masks)
+        ramped = self._initial_sparsity(plan) < target  # otherwise the last update was for the target, too
+        decided = self._decided(plan, target, step, weights, None, drop_fraction=0.0) if ramped else None
+        if decided is not None:
+            self.masks.replace(sub_net, decided[0])
         elif self.method.reselect:
             if self._channels is not None and plan.pattern.by_groups:
                 units = self._channels.renewed(plan, target, step, weights, None, drop_fraction=0)
@@ -244,11 +247,48 @@ class MaskUpdater:
             self.masks.replace(sub_net, self._weights.selected(plan, target, step, weights))
         return MaskUpdate(sub_net=sub_net, target=target, achieved=self.achieved(sub_net), grown={})
 
+    def _decided(
+        self,
+        plan: SubNetPlan,
+        sparsity: float,
+        step: int,
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor] | None,
+        *,
+        drop_fraction: float,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """Return the masks that the method decides, and what of them begins anew; None if it leaves them to scores."""
+        if self._decisions is None:
+            return None
+        return self._decisions.renewed(plan, sparsity, step, weights, gradients, drop_fraction=drop_fraction)
+
     def _grown(self, sub_net: str, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what `masks` keep and the present ones do not, where there is any."""
         present = ((name, full(self.masks.get(sub_net, name))) for name in masks)
         new = {name: masks[name] & ~mask.to(masks[name].device) for name, mask in present}
         return {name: mask for name, mask in new.items() if count_kept(mask)}
+
+    def by_score(
+        self, sub_net: str, scores: Mapping[str, Tensor], *, within: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return masks of as many weights (or units) as `sub_net` keeps now, by the highest scores; nothing changes.
+
+        One threshold goes for all parameters, as far as the pattern leaves the choice.
+
+        Args:
+            sub_net: Whose number and pattern.
+            scores: One a weight, of any floating dtype, by parameter name.
+            within: Masks of weights that go before all others; None for none.
+
+        Returns:
+            By parameter name, bool masks of the weights.
+        """
+        plan = self.plans[sub_net]
+        with torch.no_grad():
+            if self._channels is None or not plan.pattern.by_groups:
+                return self._weights.by_score(plan, scores, within)
+            masks = self._channels.masks(self._channels.by_score(plan, scores, within))
+            return {name: as_mask(mask).to(scores[name].device) for name, mask in masks.items()}
 
     def _replace_units(
         self, channels: ChannelUpdates, plan: SubNetPlan, units: dict[str, Tensor], target: float

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ast_plugin.config import ASTConfig
-from ast_plugin.distributions import Distribution, DistributionRequest, LayerRequest, kept_units
+from ast_plugin.distributions import Distribution, DistributionRequest, LayerRequest, global_magnitude, kept_units
 from ast_plugin.masks import MaskStore
 from ast_plugin.methods import Method, Score, ScoreInputs, chance, magnitude, scores_of
 from ast_plugin.patterns import level, nearest_count, weights_in
@@ -46,7 +46,7 @@ class WeightUpdates:
         Raises:
             ConfigError: If the distribution cannot reach the target on these layers, which would show much later.
         """
-        self._counts(plan, plan.target_sparsity, weights, lambda: self._distribution_scores(plan, {}, weights, chance))
+        self._counts(plan, plan.target_sparsity, lambda: self._distribution_scores(plan, {}, weights, chance))
         first = chance if not self.method.reselect else self.method.drop_score
         return self._expanded(plan, self._select(plan, sparsity, weights, None, step=-1, scores=first))
 
@@ -56,7 +56,7 @@ class WeightUpdates:
         Raises:
             ConfigError: If the distribution cannot reach it on these layers.
         """
-        counts = self._counts(plan, sparsity, weights, lambda: self._distribution_scores(plan, {}, weights, chance))
+        counts = self._counts(plan, sparsity, lambda: self._distribution_scores(plan, {}, weights, chance))
         units = (plan.pattern.unit_count(self.masks.shapes[name]) for name in self.masks.parameters)
         shares = (1 - count / total for count, total in zip(counts, units, strict=True))
         return dict(zip(self.masks.parameters, shares, strict=True))
@@ -106,6 +106,29 @@ class WeightUpdates:
             masks[name] = plan.pattern.expand(kept, self.masks.shapes[name])
         return masks
 
+    def by_score(
+        self, plan: SubNetPlan, scores: Mapping[str, Tensor], within: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor]:
+        """Return masks of as many weights as a sub-net keeps now, those with the highest scores in all parameters.
+
+        Args:
+            plan: The sub-net's plan.
+            scores: One a weight, by parameter name.
+            within: Masks whose units go before all others; None for none.
+        """
+        total = self.masks.total()
+        sparsity = (total - self.masks.kept(plan.name)) / total
+        made: dict[str, Tensor] = {}
+        for name in self.masks.parameters:
+            units = plan.pattern.unit_scores(scores[name])
+            if within is not None:
+                units = units.masked_fill(~plan.pattern.reduce_mask(within[name].to(units.device)), -math.inf)
+            made[name] = units
+        if sparsity <= 0:
+            return {name: torch.ones_like(scores[name], dtype=torch.bool) for name in made}
+        counts = self._counts(plan, sparsity, lambda: list(made.values()), global_magnitude)
+        return self._expanded(plan, self._best(plan, counts, made))
+
     def _expanded(self, plan: SubNetPlan, units: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return unit masks as masks of weights."""
         return {name: plan.pattern.expand(kept, self.masks.shapes[name]) for name, kept in units.items()}
@@ -148,10 +171,15 @@ class WeightUpdates:
         made: dict[str, Tensor] = {} if unit_scores is None else unit_scores
         for name in names:
             made[name] = self._unit_scores(plan, scores, self._inputs(plan, name, weights, gradients, step))
-        counts = self._counts(plan, sparsity, weights, lambda: self._distribution_scores(plan, made, weights, scores))
+        counts = self._counts(plan, sparsity, lambda: self._distribution_scores(plan, made, weights, scores))
+        return self._best(plan, counts, made)
+
+    def _best(self, plan: SubNetPlan, counts: Sequence[int], made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return unit masks of the best units, as many in each parameter as `counts` says, by the scores in `made`."""
+        pattern = plan.pattern
         chosen = {}
         owed = 0.0
-        for name, count in zip(names, counts, strict=True):
+        for name, count in zip(self.masks.parameters, counts, strict=True):
             shape = self.masks.shapes[name]
             kept = pattern.keep_top(made[name], count, shape)
             sizes = pattern.unit_sizes(shape)
@@ -164,7 +192,11 @@ class WeightUpdates:
         return chosen
 
     def _counts(
-        self, plan: SubNetPlan, sparsity: float, weights: Mapping[str, Tensor], unit_scores: Callable[[], list[Tensor]]
+        self,
+        plan: SubNetPlan,
+        sparsity: float,
+        unit_scores: Callable[[], list[Tensor]],
+        distribution: Distribution | None = None,
     ) -> list[int]:
         """Return how many units each parameter keeps at `sparsity`, adding up exactly."""
         pattern = plan.pattern
@@ -180,7 +212,8 @@ class WeightUpdates:
             sub_net=plan.name,
             unit_scores=unit_scores,
         )
-        return kept_units(request, self.distribution(request), allow_empty_layers=self.config.allow_empty_layers)
+        shares = (distribution or self.distribution)(request)
+        return kept_units(request, shares, allow_empty_layers=self.config.allow_empty_layers)
 
     def _distribution_scores(
         self,

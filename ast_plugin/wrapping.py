@@ -53,6 +53,7 @@ from ast_plugin.wrapping_checks import (
     check_kind,
     check_outermost,
     check_private_in_optimizer,
+    check_turns,
     taken_over,
 )
 
@@ -238,6 +239,7 @@ def _build(
     layouts = {name: layout_of(name, parameter) for name, parameter in parameters.items()}
     masks = local_masks = MaskStore(names, {choice.name: choice.shape for choice in prunable})
     is_sharded = any(layout is not None for layout in layouts.values())
+    check_turns(alternation, samples=method.name if method.sampler is not None else None, sharded=is_sharded)
     if is_sharded:
         check_correction(registry)
         parameters, local = ShardedSlots(bare, parameters), LocalSlots(bare, parameters)

@@ -116,6 +116,29 @@ def two_ranks_equal_one_process(folder: Path) -> Iterator[None]:
         assert ast.statistics()["conflicts"] == expected[label][1].statistics()["conflicts"], label
 
 
+def mask_updates_of_a_rule_equal_those_of_one_process(folder: Path) -> Iterator[None]:
+    def rule(sub_net: str, step: int, last_step: int | None) -> float | None:
+        return 0.4 if step % 5 == 3 else None
+
+    def explorer() -> object:
+        class Explorer:
+            @ast_plugin.hookimpl
+            def ast_sub_net_switched(self, training: ast_plugin.AlternatingSparseTraining) -> None:
+                if not training.attached:
+                    training.add_mask_updates(rule)
+
+        return Explorer()
+
+    expected, expected_ast = single(uneven, vector_batch, method="rigl", sparsities=(0.3, 0.5), explorer=explorer())
+    plain, _ = single(uneven, vector_batch, method="rigl", sparsities=(0.3, 0.5))
+    assert not torch.equal(plain.get_parameter("0.weight"), expected.get_parameter("0.weight"))
+    yield
+    model, optimizer, ast = start(uneven, method="rigl", sparsities=(0.3, 0.5), explorer=explorer())
+    train(model, optimizer, range(STEPS), vector_batch)
+    same_masks(ast, expected_ast)
+    close(model, expected)
+
+
 def channel_sub_nets_are_masked(folder: Path) -> Iterator[None]:
     options = {"pattern": "channel", "groups": mlp_groups(), "sparsities": (0.25, 0.5, 0.75), "drop_fraction": 0.4}
     expected = {}
@@ -458,6 +481,7 @@ CHECKS = {
     check.__name__: check
     for check in (
         two_ranks_equal_one_process,
+        mask_updates_of_a_rule_equal_those_of_one_process,
         channel_sub_nets_are_masked,
         a_mesh_of_replicas_and_shards,
         every_rank_holds_its_part_of_the_masks,

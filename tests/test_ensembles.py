@@ -375,6 +375,9 @@ def test_evaluation_by_hand() -> None:
     # ECE of the ensemble: .81 and .81 share a bin and are right: .19; .62 and .62 share one, half are right: .12.
     assert report.ensemble.ece == pytest.approx((2 * 0.19 + 2 * 0.12) / 4)
     assert [record.forward_passes for record in report.records] == [1, 1, 2]
+    # Confidences: a is wrong at .70, right at .90, .58, .80: two of three are higher. b is wrong at .82, right at .72,
+    # .82, .94: one is higher, one equal.
+    assert [record.error_detection for record in report.members] == pytest.approx([2 / 3, 1.5 / 3])
     # Disagreement: inputs 2 and 3 have the members far apart; 2 is wrong. Below it: inputs 1 and 4, above: 3.
     assert report.error_detection == pytest.approx(2 / 3)
     assert report.disagreement_wrong is not None

@@ -707,6 +707,69 @@ class PlainNet(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 5))
 
 
+# ---------------------------------------------------------------- plugins by keyword
+
+
+def test_a_keyword_that_is_no_setting_names_a_plugin() -> None:
+    seen = Watcher()
+    model = net()
+    ast_plugin.wrap(adamw(model), model, sparsities=(0.5,), total_steps=4, method="static", watcher=seen)
+    assert seen.seen == [("ast_sub_net_switched", "s50")]
+    names = [plugin.name for plugin in alone(Watcher(), keywords={"watcher": seen}).loaded()]
+    assert names == ["built-in", "Watcher", "watcher"]
+
+
+def test_a_plugin_by_keyword_goes_with_settings_in_one_object_and_is_asked_before_others() -> None:
+    model = net()
+    config = ast_plugin.ASTConfig(sparsities=(0.5,), total_steps=4, method="static")
+    order: list[str] = []
+
+    class Chooser:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        @hookimpl
+        def ast_select_parameters(self) -> None:
+            order.append(self.name)
+
+    ast_plugin.wrap(adamw(model), model, config, plugins=[Chooser("passed")], chooser=Chooser("keyword"))
+    assert order == ["keyword", "passed"]
+
+
+def test_a_plugin_given_in_both_ways_takes_part_once_under_its_keyword() -> None:
+    seen = Watcher()
+    loaded = alone(seen, Watcher(), keywords={"watcher": seen}).loaded()
+    assert [plugin.name for plugin in loaded] == ["built-in", "Watcher", "watcher"]
+
+
+def test_a_keyword_that_is_the_name_of_an_installed_plugin_is_numbered(site: Callable[..., Path]) -> None:
+    site("my-methods", "zeal", METHOD_PLUGIN.format(name="zeal"))
+    loaded = PluginRegistry([Watcher()], keywords={"zeal": Watcher()}).loaded()
+    assert {"zeal", "zeal-2", "Watcher"} <= {plugin.name for plugin in loaded}
+
+
+@pytest.mark.parametrize("value", [3, None, "static", net])
+def test_a_keyword_with_anything_else_is_an_unknown_setting(value: Any) -> None:
+    model = net()
+    with pytest.raises(ConfigError, match="unknown setting 'watcher'"):
+        ast_plugin.wrap(adamw(model), model, sparsities=(0.5,), total_steps=4, watcher=value)
+
+
+def test_a_keyword_with_a_class_or_with_unmarked_functions_says_what_is_missing() -> None:
+    class Unmarked:
+        def ast_step_finished(self) -> None:
+            """Lacks its mark."""
+
+    model = net()
+    for value, message in (
+        (Watcher, r"'watcher' .* is the class Watcher: give an object of it, Watcher\(\)"),
+        (Unmarked(), "'watcher' .* has an unmarked function 'ast_step_finished'"),
+    ):
+        with pytest.raises(PluginError, match=message):
+            ast_plugin.wrap(adamw(model), model, sparsities=(0.5,), total_steps=4, watcher=value)
+    assert not model._forward_pre_hooks
+
+
 # ---------------------------------------------------------------- installed plugins
 
 

@@ -53,6 +53,19 @@ def train(model: nn.Module, optimizer: Any, steps: int = STEPS) -> None:
         optimizer.step()
 
 
+def test_a_plugin_by_keyword_takes_part() -> None:
+    heard: list[str] = []
+
+    class Listener:
+        @hookimpl
+        def ast_sub_net_switched(self, sub_net: str) -> None:
+            heard.append(sub_net)
+
+    model = network()
+    wrap(create_optimizer_v2(model, opt="sgd", lr=0.1), model, **SETTINGS, listener=Listener())
+    assert heard == ["s50"]
+
+
 def trained(name: str = "test_resnet", opt: str = "adamw") -> tuple[nn.Module, Any]:
     model = network(name)
     optimizer = create_optimizer_v2(model, opt=opt, lr=0.01, weight_decay=0.05)

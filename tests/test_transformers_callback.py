@@ -14,6 +14,7 @@ from transformers_runs import SUB_NETS, arguments_of, gpt2, sparse, texts, train
 
 from ast_plugin import ASTConfig, SubNetSpec
 from ast_plugin.errors import ActivationError, ConfigError, SelectionError, StateError, WrapError
+from ast_plugin.hookspecs import hookimpl
 from ast_plugin.integrations.transformers import ASTCallback, attach
 from ast_plugin.methods import Method, magnitude
 
@@ -132,6 +133,35 @@ def test_settings_may_be_one_object_and_hold_a_method_of_ones_own(tmp_path: Path
     trainer_of(tmp_path, callback).train()
     assert callback.ast is not None
     assert callback.ast.config.method == "mine"
+
+
+class Steps:
+    """A plugin that counts the steps of a run, and tells them in its state."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @hookimpl
+    def ast_step_finished(self) -> None:
+        self.count += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+def test_a_plugin_by_keyword_takes_part_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    steps, saving = Steps(), {"save_steps": 8, "save_strategy": "steps"}
+    callback = ASTCallback(ASTConfig(sparsities=(0.5,), method="static", seed=3), steps=steps)
+    trainer = trainer_of(tmp_path, callback, **saving)
+    trainer.train()
+    assert steps.count == trainer.state.global_step == 16
+    again, trainer = Steps(), trainer_of(tmp_path, **saving)
+    attach(trainer, sparsities=(0.5,), method="static", seed=3, steps=again)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert again.count == 16
 
 
 def test_a_second_training_goes_on_with_the_masks_of_the_first(tmp_path: Path) -> None:

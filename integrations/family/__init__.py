@@ -3,7 +3,7 @@
 They come in through the hooks of `ast_plugin.hookspecs` and the public controller alone, as anybody's would.
 """
 
-from ast_plugin.integrations.family.alternations import DensePivotOrder
+from ast_plugin.integrations.family.alternations import DensePivotOrder, JointOrder
 from ast_plugin.integrations.family.ensembles import Ensemble, EnsemblePrediction, ensemble
 
-__all__ = ["DensePivotOrder", "Ensemble", "EnsemblePrediction", "ensemble"]
+__all__ = ["DensePivotOrder", "Ensemble", "EnsemblePrediction", "JointOrder", "ensemble"]

@@ -9,6 +9,7 @@ from typing import ClassVar
 from ast_plugin.errors import ConfigError, near_names
 
 DENSE_PIVOT = "dense_pivot"
+JOINT = "joint"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,43 @@ class DensePivotOrder:
     def is_group_start(self, step: int) -> bool:
         """Return whether `step` trains the dense one."""
         return step % 2 == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class JointOrder:
+    """Every step trains all sub-nets on its batch: N forward and backward passes, gradients added up, one step.
+
+    The baseline that alternating training is compared with, at N times its cost a step (Yu et al. 2019, "Slimmable
+    Neural Networks", algorithm 1). Needs ``optimizer.step(closure)``.
+
+    Attributes:
+        count: Number of sub-nets N, at least 1.
+
+    Raises:
+        ConfigError: If it is smaller.
+    """
+
+    count: int
+    name: ClassVar[str] = JOINT
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ConfigError(f"count of sub-nets to train together must be at least 1, got {self.count!r}")
+
+    def sub_nets_at(self, step: int) -> Sequence[int]:
+        """Return the indices of all sub-nets."""
+        del step
+        return range(self.count)
+
+    def sub_net_at(self, step: int) -> int:
+        """Return the index of the first sub-net."""
+        del step
+        return 0
+
+    def is_group_start(self, step: int) -> bool:
+        """Return True: a step is a group of its own."""
+        del step
+        return True
 
 
 def build_dense_pivot(*, names: Sequence[str], sparsities: Sequence[float], argument: str | None) -> DensePivotOrder:

@@ -101,21 +101,28 @@ class _Classes:
     """Sums of one member, or of the ensemble, over answers that are classes."""
 
     def __init__(self) -> None:
-        self.right = 0
         self.nll = 0.0
         self.calibration = Calibration()
+        self.right: list[Tensor] = []
+        self.confidences: list[Tensor] = []
 
-    def add(self, log_probabilities: Tensor, labels: Tensor) -> Tensor:
-        """Count predictions, (predictions, classes), and return which ones are right."""
+    def add(self, log_probabilities: Tensor, labels: Tensor) -> None:
+        """Count predictions, (predictions, classes)."""
         confidences, answers = log_probabilities.max(dim=-1)
         right = answers == labels
-        self.right += int(right.sum())
         self.nll -= float(log_probabilities.gather(-1, labels[:, None]).double().sum())
         self.calibration.add(confidences.exp(), right)
-        return right
+        self.right.append(right.cpu())
+        self.confidences.append(confidences.cpu())
 
-    def figures(self, count: int) -> dict[str, float]:
-        return {"accuracy": self.right / count, "ece": self.calibration.error(), "nll": self.nll / count}
+    def figures(self, count: int) -> dict[str, float | None]:
+        right = torch.cat(self.right)
+        return {
+            "accuracy": int(right.sum()) / count,
+            "ece": self.calibration.error(),
+            "nll": self.nll / count,
+            "error_detection": auroc(-torch.cat(self.confidences), ~right),
+        }
 
 
 class _Numbers:
@@ -128,7 +135,7 @@ class _Numbers:
         """Count predictions of the shape of their targets."""
         self.squares += float((values.double() - targets.double()).square().sum())
 
-    def figures(self, count: int) -> dict[str, float]:
+    def figures(self, count: int) -> dict[str, float | None]:
         return {"rmse": math.sqrt(self.squares / count)}
 
 
@@ -143,11 +150,10 @@ class Tally:
     def __init__(self, names: Sequence[str], *, ignore_index: int) -> None:
         self._names = tuple(names)
         self._ignored = ignore_index
-        self._sums: list[Any] = []
+        self._sums: list[_Classes] | list[_Numbers] = []
         self._seconds = [0.0] * (len(names) + 1)
         self._count = 0
         self._disagreement: list[Tensor] = []
-        self._right: list[Tensor] = []
 
     def add_times(self, members: Sequence[float], averaging: float) -> None:
         """Add the seconds that a batch took.
@@ -184,8 +190,7 @@ class Tally:
             )
         self._sums = self._sums or [_Classes() for _ in (*self._names, "ensemble")]
         for sums, own in zip(self._sums, (*predictions, log_mean(predictions)), strict=True):
-            right = sums.add(own, kept)
-        self._right.append(right.cpu())
+            sums.add(own, kept)
         self._disagreement.append(mutual_information(predictions).cpu())
         self._count += kept.numel()
 
@@ -237,9 +242,9 @@ class Tally:
             for index, name in enumerate((*self._names, "ensemble"))
         )
         disagreement = torch.cat(self._disagreement)
-        if not self._right:
+        if not isinstance(self._sums[-1], _Classes):
             return EnsembleReport(records=records, predictions=self._count, disagreement=_mean(disagreement) or 0.0)
-        right = torch.cat(self._right)
+        right = torch.cat(self._sums[-1].right)
         return EnsembleReport(
             records=records,
             predictions=self._count,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ast_plugin.report_format import clean, decimal, decimals, grouped, percent
+from ast_plugin.report_format import ABSENT, clean, decimal, decimals, grouped, percent
 from ast_plugin.report_text import TextTable, render_tables
 
 _MEANING = (
-    "ECE: expected calibration error, 15 bins. NLL: negative log-likelihood, nats. Time: of the forward passes, with "
-    "the switches between sub-nets, on this machine. Weights kept: of all passes together."
+    "ECE: expected calibration error, 15 bins. NLL: negative log-likelihood, nats. Errors found: AUROC of a low "
+    "confidence as a detector of errors. Time: of the forward passes, with the switches between sub-nets, on this "
+    "machine. Weights kept: of all passes together."
 )
 _MEANING_OF_NUMBERS = (
     "RMSE: root mean squared error. Time: of the forward passes, with the switches between sub-nets, on this machine. "
@@ -31,6 +32,8 @@ class EnsembleRecord:
         accuracy: Share of right answers, in [0, 1]; None in regression.
         ece: Expected calibration error, in [0, 1]; None in regression.
         nll: Mean negative log-likelihood, in nats; None in regression.
+        error_detection: Chance that the confidence, the probability of the answer, is lower where it is wrong than
+            where it is right (AUROC), in [0, 1]; None in regression, or if all are right or all wrong.
         rmse: Root mean squared error; None in classification.
     """
 
@@ -41,6 +44,7 @@ class EnsembleRecord:
     accuracy: float | None = None
     ece: float | None = None
     nll: float | None = None
+    error_detection: float | None = None
     rmse: float | None = None
 
 
@@ -55,8 +59,8 @@ class EnsembleReport:
             members.
         disagreement_right: Mean disagreement where the ensemble is right; None in regression, or if it never is.
         disagreement_wrong: Mean disagreement where it is wrong; None in regression, or if it never is.
-        error_detection: Chance that the disagreement is higher on a wrong answer than on a right one (AUROC), in
-            [0, 1]; None in regression, or if all are right or all wrong.
+        error_detection: Chance that the disagreement is higher where the ensemble is wrong than where it is right
+            (AUROC), in [0, 1]; None in regression, or if all are right or all wrong.
     """
 
     records: tuple[EnsembleRecord, ...]
@@ -103,10 +107,12 @@ class EnsembleReport:
             columns["accuracy"] = [percent(record.accuracy) for record in records]
             columns["ECE"] = [percent(record.ece) for record in records]
             columns["NLL"] = decimals([record.nll for record in records])
+            found = [record.error_detection for record in records]
+            columns["errors found"] = [ABSENT if share is None else f"{share:.3f}" for share in found]
         else:
             columns["RMSE"] = decimals([record.rmse for record in records])
         columns["passes"] = [grouped(record.forward_passes) for record in records]
-        columns["time, s"] = decimals([record.seconds for record in records])
+        columns["time, ms"] = decimals([1000 * record.seconds for record in records])
         if any(record.kept_weights is not None for record in records):
             columns["weights kept"] = [grouped(record.kept_weights) for record in records]
         return TextTable(

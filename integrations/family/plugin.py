@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ast_plugin.hookspecs import AlternationRecord, hookimpl
-from ast_plugin.integrations.family.alternations import DENSE_PIVOT, build_dense_pivot
+from ast_plugin.integrations.family.alternations import DENSE_PIVOT, JOINT, JointOrder, build_dense_pivot
 
 
 @hookimpl
@@ -17,5 +17,10 @@ def ast_alternations() -> Sequence[AlternationRecord]:
             description="a step of the dense sub-net before each step of another one (Li et al. 2024)",
             build=build_dense_pivot,
             takes_argument=True,
+        ),
+        AlternationRecord(
+            name=JOINT,
+            description="every step all sub-nets, gradients added up; needs optimizer.step(closure) (Yu et al. 2019)",
+            build=JointOrder,
         ),
     ]

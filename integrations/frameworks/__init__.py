@@ -1,6 +1,7 @@
 """Other sparse-training frameworks: their rules as methods of a run, their masks as sub-nets.
 
-Importing this package imports none of them; its names import what they need.
+Importing this package imports none of them; its names import what they need. A module that is a host of its own, such
+as ``lightning``, is imported by its full path.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class TimmRun:
         """
         network = network_in(model)
         config = self.settings.config(total_steps=1, steps_per_epoch=1)
-        choices = check_run(config, network, optimizer=optimizer, plugins=[TimmSelection()])
+        choices = check_run(config, network, optimizer=optimizer, closure=False, plugins=[TimmSelection()])
         prunable = [choice for choice in choices if choice.prunable]
         weights = sum(torch.Size(choice.shape).numel() for choice in prunable)
         _logger.info(

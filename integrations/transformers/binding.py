@@ -5,7 +5,6 @@ Only this one object changes, so it may be of any subclass, and is as before whe
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 from ast_plugin.config import ASTConfig
 from ast_plugin.elastic_file import ELASTIC
 from ast_plugin.errors import ConfigError, WrapError
+from ast_plugin.integrations.around import Around
 from ast_plugin.integrations.transformers.card import write_card
 from ast_plugin.integrations.transformers.evaluation import evaluate_each
 from ast_plugin.integrations.transformers.saving import save_sub_nets
@@ -75,7 +75,7 @@ class Binding:
         self._callback = callback
         self._resumed: str | None = None
         self._in_checkpoint = False
-        self._before: dict[str, Any] = {}
+        self._around = Around()
         for name, around in {
             "training_step": self._step,
             "compute_loss": self._compute_loss,
@@ -87,16 +87,11 @@ class Binding:
             "save_model": self._save_model,
             "create_model_card": self._create_card,
         }.items():
-            self._put_around(name, around)
+            self._around.put(trainer, name, around)
 
     def remove(self) -> None:
         """Give the Trainer its own methods back, and take the callback out of it."""
-        for name, before in self._before.items():
-            if before is None:
-                delattr(self.trainer, name)
-            else:
-                setattr(self.trainer, name, before)
-        self._before.clear()
+        self._around.remove()
         self.trainer.remove_callback(self._callback)
 
     def take_resumed(self) -> str | None:
@@ -108,11 +103,6 @@ class Binding:
         """Return the run of the model that the Trainer has now: after training it may have been given another one."""
         ast = self._callback.ast
         return ast if ast is not None and any(ast.model is part for part in self.trainer.model.modules()) else None
-
-    def _put_around(self, name: str, around: Callable[..., Any]) -> None:
-        method = getattr(self.trainer, name)
-        self._before[name] = vars(self.trainer).get(name)
-        setattr(self.trainer, name, functools.wraps(method)(functools.partial(around, method)))
 
     def _load(self, method: Callable[..., Any], checkpoint: str | None, *args: Any, **options: Any) -> Any:
         self._resumed = checkpoint

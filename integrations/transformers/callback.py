@@ -23,8 +23,8 @@ from transformers.training_args import TrainingArguments
 from ast_plugin.attachment import is_attached
 from ast_plugin.config import ASTConfig
 from ast_plugin.errors import ActivationError, ConfigError, StateError, WrapError
+from ast_plugin.integrations.metric_names import check_metric
 from ast_plugin.integrations.transformers.binding import Binding, calling_trainer, check_trainer
-from ast_plugin.integrations.transformers.evaluation import check_best_metric
 from ast_plugin.integrations.transformers.examples import example_inputs
 from ast_plugin.integrations.transformers.selection import TransformersSelection
 from ast_plugin.integrations.transformers.state import STATE, read_state
@@ -211,7 +211,7 @@ class ASTCallback(TrainerCallback):
         handler.callbacks.insert(0, self)  # before those that save, or stop training by a sub-net's metric
         if self._binding is None:
             config = self._settings(trainer, total_steps=1, steps_per_epoch=1)
-            check_best_metric(trainer.args.metric_for_best_model, self.sub_nets)
+            check_metric("metric_for_best_model", trainer.args.metric_for_best_model, self.sub_nets)
             if trainer.model is not None:
                 if is_attached(trainer.model):
                     raise WrapError(
@@ -226,6 +226,7 @@ class ASTCallback(TrainerCallback):
                     plugins=self._plugins,
                     keywords=self._keywords,
                     known_method=self._method is not None,
+                    closure=False,
                 )
             self._binding = Binding(trainer, self)
         return self._binding

@@ -7,12 +7,11 @@ import inspect
 import numbers
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from transformers import Trainer
 
-from ast_plugin.errors import ConfigError, near_names
 from ast_plugin.training import AlternatingSparseTraining
 
 _PREFIX = "metric_key_prefix"
@@ -22,7 +21,6 @@ _OF_THE_LOOP = re.compile(
     r"runtime|samples_per_second|steps_per_second|tokens_per_second|model_preparation_time|jit_compilation_time|mem_.*"
 )
 _OF_THE_MOMENT = ("epoch", "num_input_tokens_seen", "total_flos")  # what the Trainer adds to every entry of its log
-_LIKE_A_SUB_NET = re.compile(r"s\d+(\.\d+)?|\d+:\d+")
 
 
 def evaluate_each(
@@ -89,37 +87,6 @@ def merged(
                 ast.add_report_metric(f"{prefix}_{metric}".removeprefix("eval_"), float(value), sub_net=name)
         metrics.setdefault(f"{prefix}_{name}_sparsity", ast.masks.sparsity(name))  # unless it is a metric of the user's
     return metrics
-
-
-def sub_net_of(metric: str | None, sub_nets: Sequence[str]) -> str | None:
-    """Return the sub-net that the name of a metric names, None if it names none.
-
-    Args:
-        metric: ``metric_for_best_model``, such as ``eval_s95_loss`` or ``s95_loss``.
-        sub_nets: Names of the sub-nets.
-    """
-    parts = (metric or "").split("_")
-    return next((name for name in sub_nets if name in parts), None)
-
-
-def check_best_metric(metric: str | None, sub_nets: Sequence[str]) -> None:
-    """Refuse a metric of a sub-net that does not exist, before training rather than at its first evaluation.
-
-    Args:
-        metric: ``metric_for_best_model``.
-        sub_nets: Names of the sub-nets.
-
-    Raises:
-        ConfigError: If it is one.
-    """
-    if metric is None or sub_net_of(metric, sub_nets) is not None:
-        return
-    for part in metric.split("_"):
-        if _LIKE_A_SUB_NET.fullmatch(part):
-            known = [metric.replace(part, name, 1) for name in sub_nets]
-            raise ConfigError(
-                f"metric_for_best_model={metric!r}: there is no sub-net {part!r}; {near_names(metric, known)}"
-            )
 
 
 @contextlib.contextmanager
