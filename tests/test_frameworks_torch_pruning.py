@@ -238,6 +238,8 @@ def test_options_that_contradict_one_another_are_refused() -> None:
         from_importance(magnitude, without_gradient=magnitude)
     with pytest.raises(ConfigError, match="without_gradient=TaylorImportance needs a gradient itself"):
         from_importance(taylor, without_gradient=taylor)
+    with pytest.raises(ConfigError, match="TaylorImportance reads gradients, and needs_gradient=False keeps none"):
+        from_importance(taylor, needs_gradient=False)
     with pytest.raises(ConfigError, match="base='static' chooses channels without scores"):
         from_importance(magnitude, base="static")
     with pytest.raises(ConfigError, match="base='vr-pge' chooses channels without scores"):

@@ -203,21 +203,23 @@ class _Live:
             )
         places = self._places()
         inner = self._inner_step()
-        patched, static = vars(scheduler.optimizer)["step"], scheduler.static_topo
+        stepped: Any = scheduler.optimizer
+        patched, static = vars(stepped)["step"], scheduler.static_topo
         for weight, key, _ in places:
-            del weight._backward_hooks[key]
+            (weight._backward_hooks or {}).pop(key)
             delattr(weight, _MARK)
-        if getattr(inner, "__self__", None) is scheduler.optimizer:
-            del scheduler.optimizer.step
+        is_own = getattr(inner, "__self__", None) is stepped
+        if is_own:
+            del stepped.step
         else:  # a learning rate scheduler had replaced it before
-            scheduler.optimizer.step = inner
+            stepped.step = inner
         scheduler.static_topo = True  # a call that stays in the loop answers True and changes nothing
 
         def undo() -> None:
             for weight, _, hook in places:
                 weight.register_hook(hook)
                 setattr(weight, _MARK, True)
-            scheduler.optimizer.step = patched
+            stepped.step = patched
             scheduler.static_topo = static
 
         return undo

@@ -1,4 +1,4 @@
-"""What `test_frameworks_rigl_ranks.py` runs on two ranks: rigl-torch under DDP goes on as one process does."""
+"""What `test_frameworks_ranks.py` runs on two ranks: other frameworks' decisions are those of one process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from global_batches import close, mine
+import torch_pruning as tp
+from channel_networks import mlp_groups
+from fsdp_checks import start, train
+from global_batches import STEPS, close, mine, same_masks, single
 from networks import mlp, sgd, vector_batch
 from rigl_torch.RigL import RigLScheduler
 from torch import nn
@@ -15,9 +18,9 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import ast_plugin
-from ast_plugin.integrations.frameworks import take_over
+from ast_plugin.integrations.frameworks import from_importance, take_over
 
-TAKEN, STEPS = 4, 20  # before the first update: its own look at the magnitudes of each rank's gradients
+TAKEN, ENOUGH = 4, 20  # before the first update: its own look at the magnitudes of each rank's gradients
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, numbers: range, *, whole: bool) -> None:
@@ -38,11 +41,11 @@ def trained(model: nn.Module, *, whole: bool) -> ast_plugin.AlternatingSparseTra
     )
     steps(model, optimizer, scheduler, range(TAKEN), whole=whole)
     ast = ast_plugin.wrap(optimizer, model, **take_over(scheduler, sparser=(0.8,)), total_steps=60)
-    steps(model, optimizer, scheduler, range(TAKEN, STEPS), whole=whole)
+    steps(model, optimizer, scheduler, range(TAKEN, ENOUGH), whole=whole)
     return ast
 
 
-def two_ranks_go_on_as_one_process(folder: Path) -> Iterator[None]:
+def a_run_of_rigl_torch_goes_on(folder: Path) -> Iterator[None]:
     alone = trained(mlp(), whole=True)
     yield
     model = DistributedDataParallel(mlp())
@@ -54,4 +57,19 @@ def two_ranks_go_on_as_one_process(folder: Path) -> Iterator[None]:
     close(model.module, alone.model)
 
 
-CHECKS = {check.__name__: check for check in (two_ranks_go_on_as_one_process,)}
+def importances_see_whole_weights(folder: Path) -> Iterator[None]:
+    options = {"pattern": "channel", "groups": mlp_groups(), "sparsities": (0.25, 0.5, 0.75)}
+    importances = (tp.importance.TaylorImportance(), tp.importance.MagnitudeImportance(p=1, bias=True))
+    expected = [
+        single(mlp, vector_batch, slicing="leaves", method=from_importance(importance), **options)
+        for importance in importances
+    ]
+    yield
+    for importance, (one, its_ast) in zip(importances, expected, strict=True):
+        model, optimizer, ast = start(mlp, method=from_importance(importance), **options)
+        train(model, optimizer, range(STEPS), vector_batch)
+        same_masks(ast, its_ast)
+        close(model, one)
+
+
+CHECKS = {check.__name__: check for check in (a_run_of_rigl_torch_goes_on, importances_see_whole_weights)}
