@@ -50,6 +50,11 @@ def _channels(**options: Any) -> dict[str, Any]:
     return {"sparsities": CHANNELS, "options": {"pattern": "channel", **options}}
 
 
+def _importance(kind: str, base: str = "granet", **options: Any) -> dict[str, Any]:
+    """Return changes by which an importance of torch-pruning scores the channels."""
+    return _channels(method={"importance": kind, "base": base}, **options)
+
+
 _SPARSEST_FIRST = _cycle((0, (2,)), (0.2, (2, 1)), (0.35, (2, 1, 0)))
 
 _LIST = (
@@ -271,6 +276,30 @@ _LIST = (
             **fields,
         )
         for name, (text, sub_nets, options, fields) in MIXED.items()
+    ),
+    Row(
+        name="channels-taylor",
+        table="channels",
+        changes=_importance("TaylorImportance"),
+        text="granet, channels by torch-pruning's Taylor importance",
+    ),
+    Row(
+        name="channels-taylor-gmp",
+        table="channels",
+        changes=_importance("TaylorImportance", "gmp"),
+        text="gmp, channels by torch-pruning's Taylor importance",
+    ),
+    Row(
+        name="channels-importance",
+        table="channels",
+        changes=_importance("MagnitudeImportance"),
+        text="granet, channels by torch-pruning's magnitude importance",
+    ),
+    Row(
+        name="channels-lamp-global",
+        table="channels",
+        changes=_importance("LAMPImportance", distribution="global"),
+        text="granet, channels by torch-pruning's LAMP importance, one threshold over all groups",
     ),
 )
 

@@ -56,7 +56,8 @@ class Settings:
         schedule: How it falls: ``cosine``, half of one over the run; ``late``, after `LATE` of the run, in a line.
         weight_decay: On all parameters.
         momentum: Of SGD; the first of AdamW's two decay rates.
-        options: Further settings of `ASTConfig`.
+        options: Further settings of `ASTConfig`; `method` may be a mapping with the class of an ``importance`` of
+            torch-pruning and a ``base``.
         mechanisms: Names of plugins with their arguments.
         joint: Whether every step trains all sub-nets, their gradients added up.
     """
@@ -90,6 +91,13 @@ class Settings:
         options = dict(self.options)
         if isinstance(options.get("correction"), Mapping):
             options["correction"] = CorrectionOptions(**options["correction"])
+        if isinstance(options.get("method"), Mapping):
+            import torch_pruning
+
+            from ast_plugin.integrations.frameworks import from_importance
+
+            importance = getattr(torch_pruning.importance, options["method"]["importance"])()
+            options["method"] = from_importance(importance, base=options["method"]["base"])
         return options
 
     def learning_rate_at(self, step: int) -> float:
@@ -220,6 +228,8 @@ def readouts(
     settings: Settings,
     average: LateAverage,
     mechanisms: Sequence[object],
+    *,
+    windows: Sequence[float] = WINDOWS,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Return the figures by way of measuring, by sub-net, by measure. The model's weights are changed on the way."""
     model = controller.model
