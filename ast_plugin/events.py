@@ -44,8 +44,7 @@ class RunEvents:
         self.released = False
         self.state_in_optimizer = True
         self.refused: str | None = None
-        self._exploring = False
-        self._passing = False
+        self._exploring = self._passing = False
         self._running = False  # may be stale after an interrupt
         self._passed_by: Small | None = None
         self._graphs = (0, 0)  # the episode that the last graphs were recorded in, and how many there are
@@ -73,8 +72,7 @@ class RunEvents:
         parts, number = self._parts, self._step.number
         if self.released or self._exploring or not parts.sampled.wanted(number):
             return
-        if self.refused is not None:
-            raise ActivationError(self.refused)
+        self.check_allowed()
         if self._chosen:
             raise ActivationError(
                 f"explore() was called inside `with sub_net({self.chosen!r})`; leave the block before training goes on"
@@ -106,6 +104,11 @@ class RunEvents:
                 if self._chosen:
                     self._put_chosen_on()
 
+    def check_allowed(self) -> None:
+        """Raise where the model must not be trained now; a chosen sub-net may be looked at all the same."""
+        if self.refused is not None and not self._hands_off():
+            raise ActivationError(self.refused)
+
     def before_forward(self, compiling: bool) -> None:
         """Put on the scheduled sub-net in training, the default one otherwise, unless one was chosen."""
         activation = self._parts.activation
@@ -121,11 +124,10 @@ class RunEvents:
                 "gradients, as the default sub-net: the whole model is inside a reentrant checkpoint; pass "
                 "use_reentrant=False, or wrap the module around it"
             )
-        if self.refused is not None and self._is_training():
-            raise ActivationError(self.refused)
         self._running = True
         self._step.mend()
         if self._is_training():
+            self.check_allowed()
             self._check_sharding()
             check_every_rank_goes_on(self._parts.model)
             self._parts.sampled.begin(self._step.number)
