@@ -335,12 +335,10 @@ class ASTCallback(pl.Callback):
         planned = planned_steps(trainer) if module.automatic_optimization else None
         wanted = self._config.total_steps
         if wanted is None and planned is None:
-            why = (
-                f"{type(module).__name__} steps its optimizers itself"
-                if not module.automatic_optimization
-                else "neither max_steps nor the length of the data says"
-            )
-            raise ConfigError(f"{why}, so Lightning cannot know how many steps a fit makes; give total_steps")
+            why = "its optimizers are stepped by hand"
+            if module.automatic_optimization:
+                why = "the data have no length and there is no max_steps, or accumulation changes with the epochs"
+            raise ConfigError(f"Lightning cannot know how many steps this fit makes: {why}; give total_steps")
         if None not in (wanted, planned) and wanted != planned:
             raise ConfigError(f"total_steps={wanted}, and the fit makes {planned}; leave it out, Lightning knows")
         total = wanted if planned is None else planned

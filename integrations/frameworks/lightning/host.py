@@ -70,12 +70,10 @@ def is_a(thing: object, kind: str) -> bool:
 
 def planned_steps(trainer: Trainer) -> int | None:
     """Return the optimizer steps of a whole fit, from its very beginning; None where Lightning cannot know them."""
-    try:
-        steps = trainer.estimated_stepping_batches
-    except Exception as error:
-        if not is_a(error, "MisconfigurationException"):  # accumulation that changes with the epochs
-            raise
-        return None
+    for callback in trainer.callbacks:
+        if is_a(callback, "GradientAccumulationScheduler") and len(set(callback.scheduling.values())) > 1:
+            return None  # of which Lightning's estimate knows nothing
+    steps = trainer.estimated_stepping_batches
     return int(steps) if 0 < steps < math.inf else None
 
 
