@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-from global_batches import mine
+from global_batches import mine, whole
 from networks import mlp, sgd, vector_batch
 from sparsimony.distributions.base import UniformDistribution
 from sparsimony.dst.rigl import RigL
@@ -17,11 +18,14 @@ from sparsimony.dst.set import SET
 from sparsimony.schedulers.base import ConstantScheduler
 from torch import Tensor, nn
 from torch.ao.pruning import WeightNormSparsifier
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 
 import ast_plugin
-from ast_plugin.integrations.frameworks import from_sparsifier
+from ast_plugin.errors import WrapError
+from ast_plugin.integrations.frameworks import from_masks, from_pruned, from_sparsifier, take_masks
 
 STEPS = 14
 CONFIG = [{"tensor_fqn": "0.weight"}, {"tensor_fqn": "2.weight"}]
@@ -72,4 +76,35 @@ def two_ranks_are_one_process_on_the_global_batch(folder: Path) -> Iterator[None
                 assert torch.allclose(parameter, model.get_parameter(name), atol=1e-5), (kind, name)
 
 
-CHECKS = {check.__name__: check for check in (two_ranks_are_one_process_on_the_global_batch,)}
+def sharded_models_are_refused_or_given_masks(folder: Path) -> Iterator[None]:
+    yield
+    model = mlp()
+    sparsifier = WeightNormSparsifier(sparse_block_shape=(1, 1))
+    sparsifier.prepare(model, copy.deepcopy(CONFIG))
+    fully_shard(model)
+    with pytest.raises(WrapError, match="is sharded, and its parametrization of WeightNormSparsifier"):
+        ast_plugin.wrap(sgd(model), model, sparsities=(0.5,), total_steps=40, method=from_sparsifier(sparsifier))
+    model = mlp()
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    fully_shard(model)
+    with pytest.raises(WrapError, match=r"'0\.weight' is sharded.*take_masks\(model\) before fully_shard"):
+        from_pruned(model)
+    model = mlp()
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    masks = take_masks(model)
+    fully_shard(model)
+    method = from_masks({"pruned": masks})
+    optimizer = sgd(model)
+    ast = ast_plugin.wrap(optimizer, model, sparsities=(*method.sub_nets, 0.9), total_steps=40, method=method)
+    for step in range(6):
+        inputs, labels = (mine(tensor) for tensor in vector_batch(step))
+        optimizer.zero_grad()
+        functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+    assert torch.equal(whole(ast.masks.get("pruned", "0.weight")), masks["0.weight"])
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (two_ranks_are_one_process_on_the_global_batch, sharded_models_are_refused_or_given_masks)
+}

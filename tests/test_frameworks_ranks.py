@@ -17,4 +17,7 @@ def test_two_ranks_decide_as_one_process(tmp_path: Path) -> None:
 
 def test_two_ranks_have_the_masks_that_sparsifiers_decide_in_one_process(tmp_path: Path) -> None:
     found = run_checks("sparsifier_checks", tmp_path)
-    assert found == {"two_ranks_are_one_process_on_the_global_batch": "ok"}
+    assert found == {
+        "two_ranks_are_one_process_on_the_global_batch": "ok",
+        "sharded_models_are_refused_or_given_masks": "ok",
+    }

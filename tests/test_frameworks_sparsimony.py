@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import assert_same, mlp, sgd, snapshot, train, vector_batch
+from networks import assert_same, conv_net, image_batch, mlp, sgd, snapshot, train, train_step, vector_batch
 from sparsimony.distributions.base import ERKDistribution, UniformDistribution
 from sparsimony.dst.local_overparametrization import LocalOverParametrization
 from sparsimony.dst.rigl import RigL
@@ -237,6 +237,19 @@ def test_a_resumed_run_goes_on_bit_for_bit() -> None:
         train(rest.model, rest.optimizer, range(13, 24), vector_batch)
         assert_same(snapshot(rest.model), snapshot(whole.model))
         assert_same(rest.optimizer.state_dict(), whole.optimizer.state_dict())
+
+
+def test_a_model_in_half_precision_has_masks_of_the_right_counts() -> None:
+    model = conv_net().bfloat16()
+    optimizer = sgd(model)
+    sparsifier = RigL(ConstantScheduler(0.3, 50, 4), UniformDistribution(), optimizer, init_method=None)
+    sparsifier.prepare(model, [{"tensor_fqn": "conv1.weight"}, {"tensor_fqn": "conv2.weight"}])
+    ast = ast_plugin.wrap(optimizer, model, sparsities=(0.5, 0.8), method=from_sparsifier(sparsifier))
+    for step in range(10):
+        images, labels = image_batch(step)
+        train_step(model, optimizer, (images.bfloat16(), labels))
+    for name in ("conv1.weight", "conv2.weight"):
+        assert ast.masks.kept("s80", name) == int(ast.masks.total(name) * (1 - 0.8))
 
 
 def test_what_the_page_says_of_the_package_alone_is_so() -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ast_plugin.errors import WrapError
+from ast_plugin.sharding import is_sharded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,11 @@ def _check(module: nn.Module, names: Sequence[str], owner: str) -> None:
             )
         if lists[name]._parameters.get("original") is None:
             raise WrapError(f"{name!r} of a {type(module).__name__} is no parameter, and only parameters can be pruned")
+        if is_sharded(lists[name]._parameters["original"]):
+            raise WrapError(
+                f"{name!r} of a {type(module).__name__} is sharded, and its parametrization of {owner} cannot be taken "
+                "off any more; sharded models go without"
+            )
     others = [name for name in lists if name not in names]
     if others:
         raise WrapError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ast_plugin.errors import StateError
 
+_HALF = (torch.bfloat16, torch.float16)
 _PLAIN = (bool, int, float, str, type(None))
 _LEFT_OUT = ("defaults", "groups", "state", "config", "model", "optimizer", "enable_mask_update")
 _PLACES = ("module", "module_fqn", "tensor_name", "tensor_fqn")
@@ -48,7 +49,9 @@ class SparsifierCopy:
             self.sparsifier.__dict__[name] = copy.deepcopy(value, memo)
         self.sparsifier.enable_mask_update = True
         self.groups: dict[str, dict[str, Any]] = dict(zip(names, self.sparsifier.groups, strict=True))
-        self._dtypes = {name: self._parametrization(name).mask.dtype for name in names}
+        # Half precision counts the flags of a mask wrongly, and some sparsifiers count by their sum.
+        kinds = {name: self._parametrization(name).mask.dtype for name in names}
+        self._dtypes = {name: torch.float32 if kind in _HALF else kind for name, kind in kinds.items()}
 
     def load(
         self,

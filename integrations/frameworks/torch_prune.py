@@ -17,6 +17,7 @@ from ast_plugin.elastic_file import read_elastic
 from ast_plugin.errors import ActivationError, ConfigError, WrapError
 from ast_plugin.integrations.frameworks.given_masks import MasksMethod, masks_method
 from ast_plugin.methods import Method
+from ast_plugin.sharding import is_sharded
 from ast_plugin.slots import bare_model, plain_name
 from ast_plugin.sub_nets import check_sub_net
 from ast_plugin.training import AlternatingSparseTraining
@@ -42,6 +43,7 @@ def from_pruned(
 
     Raises:
         ConfigError: If nothing of the model is pruned, or `then` cannot go on from its masks.
+        WrapError: If what is pruned is sharded.
 
     Example:
         >>> method = from_pruned(model)
@@ -73,7 +75,7 @@ def take_masks(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         ConfigError: If nothing is pruned, or one tied parameter has two masks.
-        WrapError: If the model is being trained by `ast_plugin.wrap`.
+        WrapError: If the model is being trained by `ast_plugin.wrap`, or sharded.
     """
     if is_attached(model):
         raise WrapError("the model is wrapped; its sub-nets' masks are in the controller's masks")
@@ -169,6 +171,12 @@ def _found(model: nn.Module) -> list[_Pruned]:
 
 def _masks(model: nn.Module, found: list[_Pruned]) -> dict[str, Tensor]:
     """Return the masks by the names that the parameters will have, in the order of the model's modules."""
+    for one in found:
+        if is_sharded(one.original):
+            raise WrapError(
+                f"{one.full_name!r} is sharded, and its pruning cannot be taken off any more; call take_masks(model) "
+                "before fully_shard, and give its masks to from_masks"
+            )
     masks: dict[str, Tensor] = {}
     first: dict[int, str] = {}
     for one in found:
