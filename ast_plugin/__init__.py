@@ -21,7 +21,7 @@ from ast_plugin.errors import (
     WrapError,
 )
 from ast_plugin.hookspecs import hookimpl
-from ast_plugin.methods import Method, ScoreInputs
+from ast_plugin.methods import MaskDecision, MaskInputs, Method, ScoreInputs
 from ast_plugin.profiles import profile
 from ast_plugin.profiles_records import Profile
 from ast_plugin.report import Report
@@ -42,6 +42,8 @@ __all__ = [
     "Elastic",
     "ElasticFileError",
     "Hysteresis",
+    "MaskDecision",
+    "MaskInputs",
     "Method",
     "MissingExtraError",
     "PluginError",

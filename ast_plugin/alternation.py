@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import ClassVar, Protocol
+from collections.abc import Sequence
+from typing import ClassVar, Protocol, TypeGuard
 
 from ast_plugin.errors import ConfigError
 
@@ -25,6 +26,25 @@ class Alternation(Protocol):
 
     def is_group_start(self, step: int) -> bool:
         """Return whether `step` opens a group, so that the step before it belongs to another one."""
+
+
+class SeveralAtOnce(Alternation, Protocol):
+    """An order whose steps may train several sub-nets, by ``optimizer.step(closure)``.
+
+    The closure runs once for each of them, their gradients are added up, and the optimizer steps once. Such a step is
+    not corrected: no sub-net's gradient is left out of it.
+    """
+
+    def sub_nets_at(self, step: int) -> Sequence[int]:
+        """Return the indices of the sub-nets that are trained at `step`, one or more, each once.
+
+        It is asked instead of `sub_net_at`.
+        """
+
+
+def trains_several(alternation: Alternation) -> TypeGuard[SeveralAtOnce]:
+    """Return whether steps of this order may train several sub-nets."""
+    return hasattr(alternation, "sub_nets_at")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ast_plugin.channel_states import ChannelStates
 from ast_plugin.channels import ChannelGroup, ChannelGroups
 from ast_plugin.errors import PluginError
 from ast_plugin.masks import MaskStore
@@ -26,9 +27,19 @@ class ChannelScores:
         masks: The masks; read only.
         groups: The groups.
         seed: The run's seed.
+        states: What the units lie in beside the masked weights; None: nothing is known of it.
     """
 
-    def __init__(self, method: Method, masks: MaskStore, groups: ChannelGroups, *, seed: int) -> None:
+    def __init__(
+        self,
+        method: Method,
+        masks: MaskStore,
+        groups: ChannelGroups,
+        *,
+        seed: int,
+        states: ChannelStates | None = None,
+    ) -> None:
+        self._states = states
         self._method = method
         self._masks = masks
         self._groups = groups
@@ -63,8 +74,10 @@ class ChannelScores:
         """
         by_unit = self._method.channel_score
         if by_unit is not None and score is self._method.drop_score:
+            states = {} if self._states is None else self._states.of(sub_net)
             return {
-                g.name: self._asked(by_unit, sub_net, g, step, weights, gradients, kept) for g in self._groups.groups
+                g.name: self._asked(by_unit, sub_net, g, step, weights, gradients, kept, states)
+                for g in self._groups.groups
             }
         made: dict[str, Tensor] = {}
         for names in self._weights.values():
@@ -90,6 +103,7 @@ class ChannelScores:
         weights: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor] | None,
         kept: Units,
+        states: Mapping[str, Tensor],
     ) -> Tensor:
         names = self._weights[group.name]
         scores = score(
@@ -99,6 +113,8 @@ class ChannelScores:
                 gradients=None if gradients is None else {n: gradients[n] for n in names if n in gradients},
                 kept=kept[group.name],
                 generator=seeded_generator(self._seed, sub_net, step, group.name),
+                states={axis.tensor: states[axis.tensor] for axis in group.axes if axis.tensor in states},
+                model=None if self._states is None else self._states.model,
             )
         )
         if not isinstance(scores, Tensor) or scores.shape != (group.units,) or not scores.is_floating_point():

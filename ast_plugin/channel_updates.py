@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ast_plugin.channel_scores import ChannelScores, Units
+from ast_plugin.channel_states import ChannelStates
 from ast_plugin.channels import ChannelGroups
 from ast_plugin.config import ASTConfig
 from ast_plugin.distributions import Distribution, DistributionRequest, LayerRequest, global_magnitude, kept_units
@@ -37,6 +38,7 @@ class ChannelUpdates:
         distribution: How a sparsity is spread over the groups.
         masks: The store; read only.
         groups: The groups of the model.
+        states: What the units lie in beside the masked weights, for methods that score whole units.
 
     Raises:
         ConfigError: If there is no group, or a target leaves a group without any unit.
@@ -51,6 +53,7 @@ class ChannelUpdates:
         distribution: Distribution,
         masks: MaskStore,
         groups: ChannelGroups,
+        states: ChannelStates | None = None,
     ) -> None:
         self.groups = groups
         self._config = config
@@ -61,7 +64,7 @@ class ChannelUpdates:
         self._known: dict[str, tuple[int, Units]] = {}
         self._sizes = {group.name: group.units for group in groups.groups}
         self._targets: dict[str, dict[str, int]] = {}
-        self._scores = ChannelScores(method, masks, groups, seed=config.seed)
+        self._scores = ChannelScores(method, masks, groups, seed=config.seed, states=states)
 
     def kept(self, sub_net: str) -> Units:
         """Return which units a sub-net keeps now: by group name, bool (units,). For reading only."""
@@ -94,6 +97,8 @@ class ChannelUpdates:
         counts = self._counts(plan, plan.target_sparsity, lambda: self._scored(plan, magnitude, -1, weights, None))
         self._check_nested(plan, counts)
         score = self._method.drop_score if self._method.reselect else chance
+        if self._method.channel_score is not None and (sparsity <= 0 or score is chance):
+            self._scored(plan, self._method.drop_score, -1, weights, None)  # what fails would do so much later
         return self._select(plan, sparsity, weights, None, -1, score, inner=None)
 
     def renewed(

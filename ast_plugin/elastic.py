@@ -21,7 +21,7 @@ import contextlib
 import os
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from torch.autograd.graph import increment_version
 from ast_plugin.attachment import is_attached
 from ast_plugin.channels import ChannelGroups
 from ast_plugin.compile import compile_sub_net
+from ast_plugin.elastic_accessors import accessor, accessor_names
 from ast_plugin.elastic_channels import check_channel, stored_groups, stored_units
 from ast_plugin.elastic_contents import ElasticContents
 from ast_plugin.elastic_file import read_elastic
@@ -79,6 +80,8 @@ class Elastic:
     them. Nothing holds the zeros in place then: a sub-net that is trained on as an ordinary model becomes dense.
     ``model.to(...)`` may be used; the other sub-nets follow at the next switch. A switch concerns the model, hence
     every thread that uses it: do not switch during a forward pass, nor between one and its backward pass.
+
+    Installed packages may add functions, which are called as methods (`ast_plugin.elastic_accessors`).
 
     Args:
         model: The model as the caller uses it.
@@ -263,6 +266,14 @@ class Elastic:
 
     def __repr__(self) -> str:
         return f"Elastic({self.path!r}, sub_nets={self.sub_nets!r}, active={self._active!r})"
+
+    if not TYPE_CHECKING:  # a checker would take every misspelt attribute for one that a package adds
+
+        def __getattr__(self, name: str) -> Any:
+            return accessor(self, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *accessor_names()})
 
     def _check_sub_net(self, name: str) -> None:
         if name not in self.sub_nets:

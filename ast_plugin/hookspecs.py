@@ -129,7 +129,7 @@ class DistributionRecord(Record):
 
 
 class AlternationBuilder(Protocol):
-    """What makes an order of sub-nets for one run."""
+    """What makes an order of sub-nets for one run; it is given those of these arguments that its signature takes."""
 
     def __call__(
         self,
@@ -140,6 +140,7 @@ class AlternationBuilder(Protocol):
         argument: str | None,
         names: Sequence[str],
         default: str,
+        sparsities: Sequence[float],
     ) -> Alternation:
         """Return the order.
 
@@ -150,6 +151,7 @@ class AlternationBuilder(Protocol):
             argument: What stands after the colon: ``s95`` of ``"fixed:s95"``; None without a colon.
             names: The sub-nets' names, in order.
             default: Name of the default sub-net.
+            sparsities: The sub-nets' target sparsities, in [0, 1), in order; of channel sub-nets the share of units.
 
         Raises:
             ConfigError: If something that this order needs is missing or wrong.
@@ -161,11 +163,11 @@ class AlternationRecord(Record):
     """An order in which the sub-nets are trained.
 
     Attributes:
-        build: Makes the order for one run.
+        build: Makes the order for one run, from those arguments of `AlternationBuilder` that it takes.
         takes_argument: Whether users may write ``"NAME:ARGUMENT"``.
     """
 
-    build: AlternationBuilder
+    build: Callable[..., Alternation]
     takes_argument: bool = False
 
 

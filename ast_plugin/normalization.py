@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ast_plugin.errors import ActivationError
 from ast_plugin.norm_layers import batch_norm_modules
+from ast_plugin.private_entries import copied, fresh_entry, place_counters
 from ast_plugin.sharding import LastSharded, full, is_sharded, layout_of, local_part
 
 _Place = tuple[nn.Module, str]
 
-_COUNTER = "step"  # what torch's optimizers call it
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -85,6 +85,10 @@ class PrivateNormalization:
         owners = self._owners()
         return [local_part(owner) for owner in owners] if self._layouts else owners
 
+    def owners(self) -> dict[str, Tensor]:
+        """Return the private parameters as the optimizer has them, by name."""
+        return dict(zip(self.parameter_names, self._owners(), strict=True))
+
     def _owners(self) -> list[Tensor]:
         """Return the private parameters as the optimizer has them."""
         present = _present([module._parameters[name] for module, name in self._parameters])
@@ -101,7 +105,7 @@ class PrivateNormalization:
             if parameter in optimizer.state:
                 for sub_net, entries in self._optimizer_states.items():
                     if sub_net != self.carried:
-                        entries[name] = _copied(optimizer.state[parameter])
+                        entries[name] = copied(optimizer.state[parameter])
 
     def carry(self, sub_net: str) -> None:
         """Put the state of `sub_net` into the model, and the one found there into its bank."""
@@ -142,19 +146,45 @@ class PrivateNormalization:
         self._arriving = None
 
     def _bring_in_state(self, optimizer: torch.optim.Optimizer, sub_net: str) -> None:
-        entries = self._optimizer_states[sub_net]
-        fused = any(group.get("fused") for group in optimizer.param_groups)
-        if sub_net in self._loaded:
-            self._place_counters(optimizer, entries)
-            self._loaded.discard(sub_net)
+        entries = self._entries(optimizer, sub_net)
         for name, parameter in zip(self.parameter_names, self._owners(), strict=True):
-            entry = entries.get(name)
-            if entry is None and fused:
-                entry = self._fresh_entry(name)
-            if entry is not None:
-                optimizer.state[parameter] = entry
+            if entries.get(name) is not None:
+                optimizer.state[parameter] = entries[name]
             else:
                 optimizer.state.pop(parameter, None)
+
+    def _entries(self, optimizer: torch.optim.Optimizer, sub_net: str) -> dict[str, Any]:
+        """Return the optimizer state of a sub-net that waits, fit to be given to the optimizer."""
+        entries = self._optimizer_states[sub_net]
+        if sub_net in self._loaded:
+            place_counters(optimizer, entries, self.owners())
+            self._loaded.discard(sub_net)
+        if not any(group.get("fused") for group in optimizer.param_groups):
+            return entries
+        present = {n: optimizer.state[p] for n, p in self.owners().items() if p in optimizer.state}
+        known = [*self._optimizer_states.values(), present]
+        return {n: entries[n] if n in entries else fresh_entry(known, n) for n in self.parameter_names}
+
+    def waiting(self, optimizer: torch.optim.Optimizer, sub_net: str) -> dict[str, tuple[Tensor, Any]]:
+        """Return the parameters of a sub-net that are neither in the model nor in the optimizer.
+
+        Args:
+            optimizer: The optimizer that is to have them.
+            sub_net: Whose parameters.
+
+        Returns:
+            By name the tensor in the bank, and its optimizer state, None where there is none yet.
+        """
+        self._finish()
+        entries = self._entries(optimizer, sub_net)
+        return {
+            name: (tensor, entries.get(name))
+            for name, tensor in zip(self.parameter_names, self._banks[sub_net][: len(self._parameters)], strict=True)
+        }
+
+    def note_entries(self, sub_net: str, entries: Mapping[str, Any]) -> None:
+        """Keep optimizer state of a sub-net that waits."""
+        self._optimizer_states[sub_net] = {**self._optimizer_states[sub_net], **entries}
 
     def state(self, sub_net: str) -> dict[str, Tensor]:
         """Return copies of the private tensors of `sub_net` by state-dict name, in the model's present dtypes.
@@ -237,37 +267,6 @@ class PrivateNormalization:
         self._arriving = _Arrival(coming, optimizer, handed_over=handed_over, carried=self.carried)
         self._finish()
 
-    def _place_counters(self, optimizer: torch.optim.Optimizer, entries: Mapping[str, Any]) -> None:
-        """Move step counters from a file to where the optimizer keeps its own, as its ``load_state_dict`` does.
-
-        Not when they are loaded: an optimizer takes over its saved options, ``fused`` among them, only afterwards.
-        """
-        on_device = {
-            id(parameter): bool(group.get("fused") or group.get("capturable"))
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        for name, parameter in zip(self.parameter_names, self._owners(), strict=True):
-            entry = entries.get(name)
-            if not isinstance(entry, dict) or not on_device.get(id(parameter)):
-                continue
-            counter = entry.get(_COUNTER)
-            if isinstance(counter, Tensor):
-                entry[_COUNTER] = counter.to(device=parameter.device, dtype=torch.float32)
-
-    def _fresh_entry(self, name: str) -> Any:
-        """Return zeroed optimizer state in the form that other sub-nets have, None if none has any.
-
-        Fused kernels refuse a step in which some parameters have momentum and others none yet.
-        """
-        for entries in self._optimizer_states.values():
-            if name in entries:
-                return {
-                    key: torch.zeros_like(value) if isinstance(value, Tensor) else value
-                    for key, value in entries[name].items()
-                }
-        return None
-
     def start_from_present(self) -> None:
         """Give every sub-net the tensors that the model carries."""
         if self.names:
@@ -281,7 +280,7 @@ class PrivateNormalization:
         waiting = [name for name in self._banks if name != self.carried]
         return {
             "tensors": {name: self.state(name) for name in waiting},
-            "optimizer": {name: _copied(self._optimizer_states[name]) for name in waiting},
+            "optimizer": {name: copied(self._optimizer_states[name]) for name in waiting},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -291,7 +290,7 @@ class PrivateNormalization:
         devices = dict(zip(self.parameter_names, [p.device for p in self._present_parameters()], strict=True))
         for name, entries in state["optimizer"].items():
             self._optimizer_states[name] = {
-                key: self._placed(key, _copied(entry, device=devices[key])) for key, entry in entries.items()
+                key: self._placed(key, copied(entry, device=devices[key])) for key, entry in entries.items()
             }
             self._loaded.add(name)
 
@@ -333,15 +332,3 @@ def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
             "and is None now; call detach() before taking it away"
         )
     return present
-
-
-def _copied(value: Any, device: torch.device | None = None) -> Any:
-    """Return a copy of nested plain containers with every tensor cloned, tensors with axes moved to `device`."""
-    if isinstance(value, Tensor):
-        # Step counters (no axes) are placed when the optimizer gets them: where it wants them depends on its options.
-        return value.detach().clone() if device is None or value.dim() == 0 else value.detach().to(device, copy=True)
-    if isinstance(value, Mapping):
-        return {key: _copied(item, device) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_copied(item, device) for item in value]
-    return value

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from ast_plugin.config import ASTConfig
 from ast_plugin.patterns import Pattern
 from ast_plugin.schedules import MaskCalendar
+from ast_plugin.sub_nets import SubNetSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,15 +38,17 @@ def build_plans(
         patterns: Pattern by sub-net name.
         calendars: One calendar a sub-net, in the order of the config.
     """
-    plans = []
-    for spec, calendar in zip(config.sub_nets, calendars, strict=True):
-        fixed = patterns[spec.name].fixed_sparsity
-        plans.append(
-            SubNetPlan(
-                name=spec.name,
-                target_sparsity=spec.sparsity if fixed is None else fixed,
-                pattern=patterns[spec.name],
-                calendar=calendar,
-            )
+    return tuple(
+        SubNetPlan(
+            name=spec.name,
+            target_sparsity=target_of(spec, patterns[spec.name]),
+            pattern=patterns[spec.name],
+            calendar=calendar,
         )
-    return tuple(plans)
+        for spec, calendar in zip(config.sub_nets, calendars, strict=True)
+    )
+
+
+def target_of(spec: SubNetSpec, pattern: Pattern) -> float:
+    """Return the sparsity that a sub-net is to have at the end, in [0, 1): its pattern's, where that fixes it."""
+    return spec.sparsity if pattern.fixed_sparsity is None else pattern.fixed_sparsity

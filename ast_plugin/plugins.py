@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
@@ -119,6 +120,7 @@ class PluginRegistry:
             drop_score=_guarded(built.drop_score, plugin, f"the drop score of {where}"),
             grow_score=grow_score,
             sparsity_schedule=_guarded(built.sparsity_schedule, plugin, f"the sparsity schedule of {where}"),
+            decide=built.decide and _guarded(built.decide, plugin, f"the decision of {where}"),
         )
 
     def pattern(self, text: str) -> Pattern:
@@ -158,7 +160,15 @@ class PluginRegistry:
         return _guarded(record.function, plugin, f"distribution {name!r}")
 
     def alternation(
-        self, spec: str, *, count: int, seed: int, steps_per_epoch: int | None, names: Sequence[str], default: str
+        self,
+        spec: str,
+        *,
+        count: int,
+        seed: int,
+        steps_per_epoch: int | None,
+        names: Sequence[str],
+        default: str,
+        sparsities: Sequence[float],
     ) -> Alternation:
         """Return the order of sub-nets that `spec` stands for.
 
@@ -169,6 +179,7 @@ class PluginRegistry:
             steps_per_epoch: Optimizer steps of an epoch, if known.
             names: The sub-nets' names, in order.
             default: Name of the default sub-net.
+            sparsities: Their target sparsities, in order.
 
         Raises:
             ConfigError: If no plugin offers it, or it lacks something or cannot use it.
@@ -178,14 +189,16 @@ class PluginRegistry:
         plugin, record = _look_up("alternation", name, self._host.collect("ast_alternations", AlternationRecord))
         if colon and not record.takes_argument:
             raise ConfigError(f"alternation {name!r} takes no argument, got {spec!r}; write {name!r}")
-        order = _guarded(record.build, plugin, f"alternation {name!r}")(
-            count=count,
-            seed=seed,
-            steps_per_epoch=steps_per_epoch,
-            argument=argument if colon else None,
-            names=tuple(names),
-            default=default,
-        )
+        offered: dict[str, Any] = {
+            "count": count,
+            "seed": seed,
+            "steps_per_epoch": steps_per_epoch,
+            "argument": argument if colon else None,
+            "names": tuple(names),
+            "default": default,
+            "sparsities": tuple(sparsities),
+        }
+        order = _guarded(_call_with_taken, plugin, f"alternation {name!r}")(record.build, offered)
         if not all(hasattr(order, member) for member in ("name", "sub_net_at", "is_group_start")):
             raise PluginError(f"plugin {plugin!r} must build an Alternation for {spec!r}, got {order!r}")
         return order if plugin == BUILT_IN else _watched(order, plugin, f"alternation {spec!r}")
@@ -279,6 +292,13 @@ def _look_up(kind: str, name: str, owned: Mapping[str, tuple[str, Answer]]) -> t
         raise ConfigError(f"unknown {kind} {name!r}: {near_names(name, owned)}") from None
 
 
+def _call_with_taken(function: Callable[..., Answer], offered: Mapping[str, Any]) -> Answer:
+    """Call a function with those of the offered keyword arguments that it takes."""
+    parameters = inspect.signature(function).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return function(**{name: value for name, value in offered.items() if takes_all or name in parameters})
+
+
 class _Watched:
     """Stands for an object of a plugin and names the plugin when one of its methods fails."""
 
@@ -287,7 +307,16 @@ class _Watched:
 
     def __getattr__(self, name: str) -> Any:
         where = f"{name} of {self._where}"
-        value = _guarded(getattr, self._plugin, where)(self._target, name)
+        try:
+            value = getattr(self._target, name)
+        except AttributeError as error:
+            if name in dir(self._target):
+                raise failure(self._plugin, where, error) from error
+            raise
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise failure(self._plugin, where, error) from error
         return _guarded(value, self._plugin, where) if callable(value) else value
 
 

@@ -8,10 +8,12 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from ast_plugin.alternation import trains_several
 from ast_plugin.config import ASTConfig
-from ast_plugin.errors import WrapError
+from ast_plugin.errors import ConfigError, WrapError
 from ast_plugin.optimizers import innermost_optimizer, refusal_of
 from ast_plugin.parameters import ParameterChoice
+from ast_plugin.plans import target_of
 from ast_plugin.plugins import PluginRegistry
 from ast_plugin.slots import bare_model
 
@@ -24,6 +26,7 @@ def check_run(
     plugins: Sequence[object] = (),
     keywords: Mapping[str, object] = MappingProxyType({}),
     known_method: bool = False,
+    closure: bool = True,
 ) -> list[ParameterChoice]:
     """Refuse what `ast_plugin.wrap` would refuse later, as far as it can be seen now; nothing is touched.
 
@@ -34,12 +37,13 @@ def check_run(
         plugins: Plugin objects of the run.
         keywords: Plugin objects that `wrap` will be given by keyword.
         known_method: Whether the method is an object that `wrap` will be given, so that its name means nothing.
+        closure: Whether the training loop can give ``optimizer.step`` a closure.
 
     Returns:
         The verdict on every parameter.
 
     Raises:
-        ConfigError: If a name in the settings is unknown.
+        ConfigError: If a name in the settings is unknown, or the alternation needs a closure and there is none.
         SelectionError: If no parameter can be pruned as asked.
         WrapError: If this optimizer cannot train sub-nets.
         PluginError: If a plugin fails to load or to answer.
@@ -51,14 +55,22 @@ def check_run(
     if isinstance(config.distribution, str):
         registry.distribution(config.distribution)
     names = [spec.name for spec in config.sub_nets]
-    registry.alternation(
+    targets = [target_of(spec, patterns[spec.pattern or config.pattern]) for spec in config.sub_nets]
+    order = registry.alternation(
         config.alternation,
         count=len(names),
         seed=config.seed,
         steps_per_epoch=config.steps_per_epoch or 1,  # hosts know it later
         names=names,
         default=config.default_sub_net or names[0],
+        sparsities=targets,
     )
+    if trains_several(order) and not closure:
+        raise ConfigError(
+            f"alternation {config.alternation!r} trains several sub-nets in each step and needs "
+            "optimizer.step(closure), and this training loop calls optimizer.step() without one; use another "
+            "alternation, such as 'alternating', or a loop of your own"
+        )
     bare = bare_model(model)
     choices = registry.select_parameters(bare, include=config.include, exclude=config.exclude)
     for choice in choices:

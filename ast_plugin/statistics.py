@@ -56,15 +56,28 @@ class Statistics:
     def __init__(self, sub_nets: Sequence[str], *, window: int) -> None:
         self.sub_nets = tuple(sub_nets)
         self.window = max(1, window)
+        self._extra = 0  # steps of sub-nets beyond one at each optimizer step
         self._totals = {name: Counter() for name in self.sub_nets}
         self._windows = {name: Counter() for name in self.sub_nets}
         self._sparsity: list[dict[str, Any]] = []
         self._conflicts: list[dict[str, Any]] = []
 
-    def step_finished(self, step: int, sub_net: str, *, checks: int, conflicts: int, cosines: Sequence[float]) -> None:
-        """Count one optimizer step of `sub_net`, the step number counting from 0."""
+    def step_finished(
+        self,
+        step: int,
+        sub_net: str,
+        *,
+        checks: int,
+        conflicts: int,
+        cosines: Sequence[float],
+        others: Sequence[str] = (),
+    ) -> None:
+        """Count one optimizer step of `sub_net`, and of `others` in the same step, the step number counting from 0."""
         self._totals[sub_net].add(checks, conflicts, cosines)
         self._windows[sub_net].add(checks, conflicts, cosines)
+        for other in others:
+            self._totals[other].add(0, 0, ())
+        self._extra += len(others)
         if (step + 1) % self.window == 0:
             self._close_windows(step + 1)
 
@@ -88,7 +101,7 @@ class Statistics:
 
     def summary(self) -> dict[str, Any]:
         """Return steps, checks, conflicts and mean cosine, in all and under ``sub_nets`` for each."""
-        total = Counter()
+        total = Counter(steps=-self._extra)
         for counter in self._totals.values():
             total.steps += counter.steps
             total.checks += counter.checks
@@ -108,6 +121,7 @@ class Statistics:
         """Return everything as plain containers."""
         return {
             "window": self.window,
+            "extra": self._extra,
             "totals": {name: dataclasses.asdict(counter) for name, counter in self._totals.items()},
             "windows": {name: dataclasses.asdict(counter) for name, counter in self._windows.items()},
             **self.history(),
@@ -116,6 +130,7 @@ class Statistics:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned, for the same sub-nets."""
         self.window = int(state["window"])
+        self._extra = int(state.get("extra", 0))
         self._totals = {name: Counter(**state["totals"][name]) for name in self.sub_nets}
         self._windows = {name: Counter(**state["windows"][name]) for name in self.sub_nets}
         self._sparsity = [dict(point) for point in state["sparsity"]]

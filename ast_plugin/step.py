@@ -6,18 +6,19 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
-
 from ast_plugin.attachment import is_stepping
 from ast_plugin.correction import Correction
-from ast_plugin.distributed import average_over_ranks, check_same_on_all_ranks
-from ast_plugin.errors import ActivationError, PluginError
-from ast_plugin.inactive import clear_state_at
+from ast_plugin.distributed import check_same_on_all_ranks
+from ast_plugin.errors import ActivationError
+from ast_plugin.guests import Guests
 from ast_plugin.optimizers import is_idle
 from ast_plugin.parts import RunParts
 from ast_plugin.sharding import Gathered, any_on_a_rank
 from ast_plugin.step_correction import StepCorrection
+from ast_plugin.step_masks import StepMasks
+from ast_plugin.step_together import StepTogether
 from ast_plugin.step_updates import UpdateRules
+from ast_plugin.turns import Turns
 from ast_plugin.updates import MaskUpdate
 
 
@@ -44,27 +45,30 @@ class TrainingStep:
         self._counts = False
         self._carrying = False
         self._resting = 0  # how many times a step in progress was interrupted, one within the other
-        self._corrections = StepCorrection(parts, self._at, self.rules)
+        self._turns = Turns(
+            parts.alternation, {name: plan.target_sparsity for name, plan in parts.updater.plans.items()}
+        )
+        self._together = StepTogether(parts, self._turns)
+        self._guests = Guests(parts.normalization)
+        self._corrections = StepCorrection(parts, self._turns.first_at, self.rules)
         self._correction: Correction | None = None
         self._agreed = False
-        self._updated = False  # a step that is made again after it was broken off must not regrow twice
-        self._update: MaskUpdate | None = None
+        self._masks = StepMasks(parts, self._tell)
         self._fraction: float | None = None  # to drop in the step that has begun; None: its masks stay
 
     @property
     def scheduled(self) -> str:
-        """The sub-net that the next step trains."""
-        return self._at(self.number)
+        """The sub-net that the next step trains; of several the first, and in their closure the one it is run for."""
+        return self._together.turn or self._turns.first_at(self.number)
 
-    def _at(self, step: int) -> str:
-        names, alternation = self._parts.names, self._parts.alternation
-        index = alternation.sub_net_at(step)
-        if not isinstance(index, int) or not 0 <= index < len(names):
-            raise PluginError(
-                f"alternation {alternation.name!r} chose {index!r} for step {step}; it must return the index of "
-                f"one of the {len(names)} sub-nets, from 0"
-            )
-        return names[index]
+    @property
+    def needs_closure(self) -> bool:
+        """Whether steps may train several sub-nets, each in a run of the user's closure."""
+        return self._turns.several
+
+    def sub_nets_at(self, step: int) -> tuple[str, ...]:
+        """Return the sub-nets that a step trains."""
+        return self._turns.names_at(step)
 
     def announce(self) -> None:
         """Tell plugins which sub-net the first step of the run trains."""
@@ -73,6 +77,7 @@ class TrainingStep:
     def begin(self) -> None:
         """A training forward is about to run for this step; there may be several (micro-batches)."""
         parts, name = self._parts, self.scheduled
+        self._together.check_turn(self.number)
         self.mend()
         self._fraction = self.rules.drop_fraction(name, self.number, self.last_steps[name])
         parts.gradients.begin(name, capture=self._fraction is not None and parts.method.needs_gradient)
@@ -80,14 +85,19 @@ class TrainingStep:
 
     def prepare(self) -> None:
         """Everything that comes before the optimizer's arithmetic."""
-        self._counts = self._happens()
-        if not self._counts:
-            return
+        self._counts = self._ready()
+        if self._counts:
+            self._correction = self._corrections.correct(self.scheduled, self.number, self.last_steps)
+            self._hand_over()
+
+    def _ready(self) -> bool:
+        """Make the mask update and mask the gradients; return whether there are any."""
+        if not self._happens():
+            return False
         self._agree()
-        self._update_masks()
+        self._masks.update(self.scheduled, self.number, self._fraction)
         self._parts.gradients.mask(self.scheduled)
-        self._correction = self._corrections.correct(self.scheduled, self.number, self.last_steps)
-        self._hand_over()
+        return True
 
     def around(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return a closure that prepares the gradients of the first evaluation for the optimizer.
@@ -97,10 +107,9 @@ class TrainingStep:
 
         def evaluate() -> Any:
             self._restore_rest()
-            try:
-                loss = closure()
-            finally:
-                self._parts.activation.take_off()
+            if self._together.is_wanted(self.number):
+                return self._evaluate_together(closure)
+            loss = self._evaluate(closure)
             if not self._counts:
                 self.prepare()
             elif not self._carrying:
@@ -110,29 +119,52 @@ class TrainingStep:
         self._counts = False
         return evaluate
 
+    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        try:
+            return closure()
+        finally:
+            self._parts.activation.take_off()
+
+    def _evaluate_together(self, closure: Callable[[], Any]) -> Any:
+        def one(closure: Callable[[], Any]) -> tuple[Any, bool]:
+            self._begun, self._fraction = False, None
+            loss = self._evaluate(closure)
+            return loss, self._ready()
+
+        loss = self._together.run(self.number, closure, one)
+        if self._together.trained and not self._counts:
+            self._counts = True
+            self._parts.reference.take_back()
+            self._parts.reference.take(None, None)
+        if self._counts:
+            self._hand_over()
+        return loss
+
     def finish(self) -> None:
         """Everything that comes after the optimizer's arithmetic."""
         parts = self._parts
         if not self._counts:
             self.settle()
             return
-        name = self.scheduled
+        before = self.sub_nets_at(self.number)
+        name, *others = self._together.trained or before
         if parts.inactive is not None:
-            parts.inactive.restore(parts.parameters, parts.local_masks.of(name), parts.optimizer)
+            parts.inactive.restore(parts.parameters, self._together.kept(self.number), parts.optimizer)
         self._restore_rest()
         found = self._correction or Correction(checks=0, conflicts=0, cosines=[])
         parts.statistics.step_finished(
-            self.number, name, checks=found.checks, conflicts=found.conflicts, cosines=found.cosines
+            self.number, name, checks=found.checks, conflicts=found.conflicts, cosines=found.cosines, others=others
         )
         self._tell(*parts.sampled.learn(self.number))
-        self.last_steps[name] = finished = self.number
+        finished = self.number
+        self.last_steps.update(dict.fromkeys((name, *others), finished))
         self.number += 1
         self._reset()
         ended = self.number == parts.config.total_steps
         if ended:
             self._complete_masks()  # before a plugin may write a checkpoint: nothing completes them after a resume
         parts.registry.notify("ast_step_finished", training=self._owner, step=finished, sub_net=name)
-        if self.scheduled != name:
+        if self.sub_nets_at(self.number) != before:
             parts.registry.notify("ast_sub_net_switched", training=self._owner, sub_net=self.scheduled)
         if ended:
             parts.registry.notify("ast_training_finished", training=self._owner)
@@ -154,7 +186,7 @@ class TrainingStep:
         parts.activation.take_off()
         if parts.inactive is not None and not parts.inactive.empty:
             # The optimizer was broken off: what it has moved outside the mask goes back.
-            parts.inactive.restore(parts.parameters, parts.local_masks.of(self.scheduled), parts.optimizer)
+            parts.inactive.restore(parts.parameters, self._together.kept(self.number), parts.optimizer)
         self._restore_rest()
         if not parts.reference.is_confirmed and not is_stepping(parts.optimizer):
             parts.reference.take_back()
@@ -185,14 +217,14 @@ class TrainingStep:
         if self._carrying:
             self._resting += 1
             self._parts.activation.take_off()
-            self._parts.normalization.take_back(self._parts.optimizer)
+            self._guests.take_back(self._parts.optimizer)
 
     def go_on(self) -> None:
         """Give a step in progress the sub-net's BatchNorm state again."""
         if self._resting:
             self._resting -= 1
             if not self._resting:
-                self._parts.normalization.hand_over(self._parts.optimizer, self.scheduled)
+                self._give_private()
 
     def mend(self) -> None:
         """Bring things to rest if an earlier optimizer step raised halfway; cheap when none did."""
@@ -207,8 +239,10 @@ class TrainingStep:
         self._reset()
 
     def _reset(self) -> None:
-        self._begun = self._counts = self._updated = False
-        self._correction = self._update = self._fraction = None
+        self._begun = self._counts = False
+        self._correction = self._fraction = None
+        self._masks.reset()
+        self._together.reset()
         self._parts.reference.confirm()
         self._parts.gradients.end()
 
@@ -224,6 +258,7 @@ class TrainingStep:
         if unsure and not any_on_a_rank(gradients, self._parts.layouts):
             return False  # torch.distributed.checkpoint steps once without any effect, to have the state created
         if not self._begun:
+            self._together.check_turn(self.number)
             raise ActivationError(
                 "optimizer.step() has gradients of prunable weights, but the wrapped model's forward did not run in "
                 "training mode since the last step, so no sub-net was on; call the model that was given to wrap() (or "
@@ -239,62 +274,22 @@ class TrainingStep:
             check_same_on_all_ranks(what, lambda: f"{self.number}/{masks.checksum()}", model=self._parts.model)
             self._agreed = True
 
-    def _update_masks(self) -> None:
-        parts, name = self._parts, self.scheduled
-        if self._updated or self._fraction is None:
-            return
-        parts.gradients.masks_changed()
-        if self._update is None:
-            gradients = self._dense_gradients() if parts.method.needs_gradient else None
-            self._update = parts.updater.update(
-                name, self.number, Gathered(parts.parameters), gradients, drop_fraction=self._fraction
-            )
-        if parts.grow_initialization == "zero":
-            self._start_at_zero(name, self._update.grown)
-        what = f"the masks of sub-net {name!r} at step {self.number}"
-        check_same_on_all_ranks(what, parts.masks.checksum, name, model=parts.model)
-        update = self._update
-        self._updated, self._update = True, None
-        self._tell(update)
-
-    def _dense_gradients(self) -> Mapping[str, torch.Tensor]:
-        """Return the dense gradients of the step, averaged over the ranks; those of sharded parameters are already."""
-        parts = self._parts
-        captured = parts.gradients.dense()
-        whole = {name: parameter for name, parameter in parts.parameters.items() if parts.layouts[name] is None}
-        gradients = {name: gradient for name, gradient in captured.items() if name in whole}
-        average_over_ranks(gradients, like=whole, model=parts.model)
-        for name, layout in parts.layouts.items():
-            if layout is not None and name in captured:
-                gradients[name] = layout.join(captured[name])
-        return Gathered(gradients)
-
-    def _start_at_zero(self, name: str, grown: dict[str, torch.Tensor]) -> None:
-        """Zero grown weights and their optimizer state, except where another sub-net keeps the weight."""
-        parts = self._parts
-        for parameter_name, mask in grown.items():
-            layout = parts.layouts[parameter_name]
-            if layout is not None:
-                mask = layout.part_of(mask)
-            for other in parts.names:
-                if other != name:
-                    mask = mask & ~parts.local_masks.get(other, parameter_name).to(mask.device)
-            with torch.no_grad():
-                parts.local[parameter_name].masked_fill_(mask, 0)
-            clear_state_at(parts.parameters[parameter_name], mask, parts.optimizer)
-
     def _hand_over(self) -> None:
         """Give the optimizer the sub-net's own BatchNorm state, and remember what it must not move."""
-        parts, name = self._parts, self.scheduled
+        parts = self._parts
         self._carrying = True  # first: an interrupt anywhere in here is to be mended
         if parts.inactive is not None and parts.inactive.empty:
             parts.inactive.remember(parts.parameters, parts.optimizer)
-        parts.normalization.hand_over(parts.optimizer, name)
+        self._give_private()
+
+    def _give_private(self) -> None:
+        main, gradients = self._together.main(self.number), self._together.private
+        self._guests.hand_over(self._parts.optimizer, main, gradients)
 
     def _restore_rest(self) -> None:
         """Bring the default's BatchNorm state back into model and optimizer, if another's is handed over."""
         if self._carrying:
-            self._parts.normalization.take_back(self._parts.optimizer)
+            self._guests.take_back(self._parts.optimizer)
             self._carrying = False
             self._resting = 0
 

@@ -75,21 +75,6 @@ class AlternatingSparseTraining(VersionedRun):
         return self._parts.default
 
     @property
-    def active(self) -> str:
-        """The sub-net chosen by ``with sub_net(...)``, or else the one that the next step trains."""
-        return self._events.chosen or self._step.scheduled
-
-    @property
-    def chosen(self) -> str | None:
-        """The sub-net of the innermost ``with sub_net(...)`` that is open; None outside of any."""
-        return self._events.chosen
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps that have happened."""
-        return self._step.number
-
-    @property
     def groups(self) -> ChannelGroups | None:
         """Which channels belong together; None in a run without channel sub-nets."""
         return self._parts.groups

@@ -56,6 +56,11 @@ class ExtendedRun(SampledRun):
         """
         self._step.rules.add(rule)
 
+    @property
+    def updates_masks(self) -> bool:
+        """Whether the method makes mask updates: on its own calendar, and where `add_mask_updates` asks for more."""
+        return self._parts.method.updates
+
     def masks_by_score(
         self, name: str, scores: Mapping[str, Tensor], *, within: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ class SavedRun(abc.ABC):
         """Return the state of the run as tensors and plain containers, readable with ``weights_only=True``.
 
         It travels in ``optimizer.state_dict()`` by itself; call this to keep it elsewhere, or hand the controller to
-        what calls it: `torch.distributed.checkpoint`, Accelerate's ``register_for_checkpointing``. Where parameters are
+        what calls it: `torch.distributed.checkpoint`, a library's ``register_for_checkpointing``. Where parameters are
         sharded, this is a collective, and masks and reference gradient are DTensors.
 
         Args:

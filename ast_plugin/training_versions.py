@@ -10,11 +10,11 @@ from torch import nn
 
 from ast_plugin.errors import ConfigError
 from ast_plugin.sub_nets import check_sub_net
-from ast_plugin.training_extension import ExtendedRun
+from ast_plugin.training_turns import TurnTakingRun
 from ast_plugin.versions import Provider
 
 
-class VersionedRun(ExtendedRun):
+class VersionedRun(TurnTakingRun):
     """The part of a controller that knows versions.
 
     Args:

@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ast_plugin.channel_states import ChannelStates
 from ast_plugin.channel_updates import ChannelUpdates
 from ast_plugin.channels import ChannelGroups
 from ast_plugin.config import ASTConfig
+from ast_plugin.decisions import MaskDecisions
 from ast_plugin.distributions import Distribution, uniform
 from ast_plugin.errors import ConfigError
 from ast_plugin.mask_forms import as_mask
@@ -31,8 +33,9 @@ class MaskUpdate:
         sub_net: Whose masks changed.
         target: Sparsity that the schedule asks for at this step, in [0, 1].
         achieved: Sparsity reached, in [0, 1].
-        grown: By parameter name, bool masks of the weights that came back; parameters without any are left out, and so
-            are channel sub-nets, whose units go on from their shared values.
+        grown: By parameter name, bool masks of the weights that came back, or of those that the method decided to begin
+            anew; parameters without any are left out, and so are channel sub-nets, whose units go on from their
+            shared values.
         trimmed: Sparser channel sub-nets that lost units which this one dropped.
     """
 
@@ -54,9 +57,11 @@ class MaskUpdater:
         masks: The store; changed in place.
         groups: The channel groups, where a plan has a pattern that goes by them.
         group_distribution: How the sparsity of channel sub-nets is spread over the groups.
+        states: What units lie in beside the masked weights, for methods that score whole units.
 
     Raises:
-        ConfigError: If an initial sparsity is asked of a method that has no ramp, or groups are missing.
+        ConfigError: If an initial sparsity is asked of a method that has no ramp, groups are missing, a method that
+            decides masks itself is to decide those of channels, or no sub-net has what the method is for.
     """
 
     def __init__(
@@ -69,11 +74,18 @@ class MaskUpdater:
         masks: MaskStore,
         groups: ChannelGroups | None = None,
         group_distribution: Distribution = uniform,
+        states: ChannelStates | None = None,
     ) -> None:
         if config.initial_sparsity is not None and method.initial_sparsity is None:
             raise ConfigError(
                 f"initial_sparsity={config.initial_sparsity:g} has no meaning for method {method.name!r}, which starts "
                 "at the target sparsity; leave it out, or choose a method with a ramp such as 'granet'"
+            )
+        if method.needs_channels and not any(plan.pattern.by_groups for plan in plans):
+            raise ConfigError(
+                f"method {method.name!r} scores whole channels, and no sub-net drops any: their patterns are "
+                f"{', '.join(sorted({plan.pattern.name for plan in plans}))}; add pattern='channel', or choose "
+                "another method"
             )
         self.config = config
         self.method = method
@@ -82,9 +94,23 @@ class MaskUpdater:
         self._weights = WeightUpdates(config, method=method, distribution=distribution, masks=masks)
         self._channels: ChannelUpdates | None = None
         by_groups = [plan for plan in plans if plan.pattern.by_groups]
+        self._decisions: MaskDecisions | None = None
+        if method.decide is not None:
+            if by_groups:
+                raise ConfigError(
+                    f"sub-net {by_groups[0].name!r} has pattern {by_groups[0].pattern.name!r}, and method "
+                    f"{method.name!r} decides masks weight by weight; choose another of the two"
+                )
+            self._decisions = MaskDecisions(config, method=method, masks=masks, spread=self._weights.layer_sparsities)
         if groups is not None and len(groups) and by_groups:
             self._channels = ChannelUpdates(
-                config, by_groups, method=method, distribution=group_distribution, masks=masks, groups=groups
+                config,
+                by_groups,
+                method=method,
+                distribution=group_distribution,
+                masks=masks,
+                groups=groups,
+                states=states,
             )
         elif by_groups:
             raise ConfigError(
@@ -94,7 +120,8 @@ class MaskUpdater:
 
     def is_due(self, sub_net: str, step: int, last_step: int | None) -> bool:
         """Return whether `sub_net`, trained at `step` and before that at `last_step`, has an update to make now."""
-        return self.method.updates and self.plans[sub_net].calendar.is_due(step, last_step)
+        is_due = self.method.is_due or self.plans[sub_net].calendar.is_due
+        return self.method.updates and is_due(step, last_step)
 
     def sparsity_at(self, sub_net: str, step: int) -> float:
         """Return the sparsity that the schedule asks of `sub_net` at `step`, in [0, 1]."""
@@ -144,17 +171,21 @@ class MaskUpdater:
         return self._channels.kept(sub_net)
 
     def initialize(self, weights: Mapping[str, Tensor]) -> None:
-        """Write the first masks of every sub-net: by magnitude for methods that reselect, else at random.
+        """Write the first masks of every sub-net: as the method decides, by magnitude if it reselects, else at random.
 
         Args:
             weights: Dense weights by parameter name; not changed.
 
         Raises:
             ConfigError: If the distribution cannot reach a target on these layers, which would show much later.
+            PluginError: If the method decides masks that do not fit.
         """
         for plan in sorted(self.plans.values(), key=lambda plan: plan.target_sparsity):  # nested ones, densest first
             sparsity = self._initial_sparsity(plan)
-            if self._channels is not None and plan.pattern.by_groups:
+            decided = None if self._decisions is None else self._decisions.first(plan, sparsity, weights)
+            if decided is not None:
+                self.masks.replace(plan.name, decided)
+            elif self._channels is not None and plan.pattern.by_groups:
                 self.masks.replace(plan.name, self._channels.masks(self._channels.first(plan, sparsity, weights)))
             else:
                 self.masks.replace(plan.name, self._weights.first(plan, sparsity, weights))
@@ -186,12 +217,12 @@ class MaskUpdater:
             if self._channels is not None and plan.pattern.by_groups:
                 units = self._channels.renewed(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
                 return self._replace_units(self._channels, plan, units, sparsity)
-            masks = self._weights.renewed(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
-            grown: dict[str, Tensor] = {}
-            for name, after in masks.items():
-                new = after & ~full(self.masks.get(sub_net, name)).to(after.device)
-                if count_kept(new):
-                    grown[name] = new
+            decided = self._decided(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
+            if decided is not None:
+                masks, grown = decided
+            else:
+                masks = self._weights.renewed(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
+                grown = self._grown(sub_net, masks)
             self.masks.replace(sub_net, masks)  # at once: an interrupt must not leave some to be renewed twice
             return MaskUpdate(sub_net=sub_net, target=sparsity, achieved=self.achieved(sub_net), grown=grown)
 
@@ -205,12 +236,37 @@ class MaskUpdater:
         """
         plan = self.plans[sub_net]
         target = plan.target_sparsity
-        if self.method.reselect:
+        ramped = self._initial_sparsity(plan) < target  # otherwise the last update was for the target, too
+        decided = self._decided(plan, target, step, weights, None, drop_fraction=0.0) if ramped else None
+        if decided is not None:
+            self.masks.replace(sub_net, decided[0])
+        elif self.method.reselect:
             if self._channels is not None and plan.pattern.by_groups:
                 units = self._channels.renewed(plan, target, step, weights, None, drop_fraction=0)
                 return self._replace_units(self._channels, plan, units, target)
             self.masks.replace(sub_net, self._weights.selected(plan, target, step, weights))
         return MaskUpdate(sub_net=sub_net, target=target, achieved=self.achieved(sub_net), grown={})
+
+    def _decided(
+        self,
+        plan: SubNetPlan,
+        sparsity: float,
+        step: int,
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor] | None,
+        *,
+        drop_fraction: float,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """Return the masks that the method decides, and what of them begins anew; None if it leaves them to scores."""
+        if self._decisions is None:
+            return None
+        return self._decisions.renewed(plan, sparsity, step, weights, gradients, drop_fraction=drop_fraction)
+
+    def _grown(self, sub_net: str, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what `masks` keep and the present ones do not, where there is any."""
+        present = ((name, full(self.masks.get(sub_net, name))) for name in masks)
+        new = {name: masks[name] & ~mask.to(masks[name].device) for name, mask in present}
+        return {name: mask for name, mask in new.items() if count_kept(mask)}
 
     def by_score(
         self, sub_net: str, scores: Mapping[str, Tensor], *, within: Mapping[str, Tensor] | None = None

@@ -50,6 +50,17 @@ class WeightUpdates:
         first = chance if not self.method.reselect else self.method.drop_score
         return self._expanded(plan, self._select(plan, sparsity, weights, None, step=-1, scores=first))
 
+    def layer_sparsities(self, plan: SubNetPlan, sparsity: float, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the sparsity of every parameter, in [0, 1], as the distribution spreads `sparsity` over them.
+
+        Raises:
+            ConfigError: If the distribution cannot reach it on these layers.
+        """
+        counts = self._counts(plan, sparsity, lambda: self._distribution_scores(plan, {}, weights, chance))
+        units = (plan.pattern.unit_count(self.masks.shapes[name]) for name in self.masks.parameters)
+        shares = (1 - count / total for count, total in zip(counts, units, strict=True))
+        return dict(zip(self.masks.parameters, shares, strict=True))
+
     def selected(
         self, plan: SubNetPlan, sparsity: float, step: int, weights: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:

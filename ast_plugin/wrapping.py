@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ast_plugin.activation import MaskedActivation, ShardedActivation
+from ast_plugin.channel_states import ChannelStates
 from ast_plugin.channels import ChannelGroups
 from ast_plugin.config import ASTConfig, CorrectionOptions, LayerSparsity, Moment
 from ast_plugin.distributed import from_first_rank
@@ -52,6 +53,8 @@ from ast_plugin.wrapping_checks import (
     check_kind,
     check_outermost,
     check_private_in_optimizer,
+    check_turns,
+    taken_over,
 )
 
 _HISTORY_POINTS = 50
@@ -137,16 +140,19 @@ def wrap(
     optimizer = innermost_optimizer(optimizer)
     check_kind(optimizer, model)
     check_outermost(outermost, model)
+    if isinstance(method, Method):
+        keywords |= plugin_keywords({"method": method}, ())[1]
     registry = PluginRegistry(plugins, keywords=keywords)
     rule = method if isinstance(method, Method) else registry.method(settings.method)
     called = model if outermost is None else outermost
     search = functools.partial(resolve_groups, example_inputs=example_inputs, groups=groups)
-    parts = _build(optimizer, model, settings, registry, rule, called=called, search=search)
-    parts.updater.initialize(Gathered(parts.parameters))
-    if not parts.sharded:  # gathered weights are the same to all ranks
-        _take_from_first_rank(parts)
-    training = AlternatingSparseTraining(parts)
-    training.attach()
+    with taken_over(rule, optimizer, model):
+        parts = _build(optimizer, model, settings, registry, rule, called=called, search=search)
+        parts.updater.initialize(Gathered(parts.parameters))
+        if not parts.sharded:  # gathered weights are the same to all ranks
+            _take_from_first_rank(parts)
+        training = AlternatingSparseTraining(parts)
+        training.attach()
     return training
 
 
@@ -205,8 +211,8 @@ def _build(
 ) -> RunParts:
     specs = config.sub_nets
     names = tuple(spec.name for spec in specs)
-    # Where masks never change, a run needs no schedule, and so no total_steps.
-    changes = method.updates or method.sampler is not None
+    # Where masks never change, or the method says when, a run needs no schedule, and so no total_steps.
+    changes = (method.updates and method.is_due is None) or method.sampler is not None
     calendars = resolve_calendars(config, len(specs)) if changes else (_NO_UPDATES,) * len(specs)
     patterns = {spec.name: registry.pattern(spec.pattern or config.pattern) for spec in specs}
     plans = build_plans(config, patterns, calendars)
@@ -218,6 +224,7 @@ def _build(
         steps_per_epoch=config.steps_per_epoch,
         names=names,
         default=default,
+        sparsities=[plan.target_sparsity for plan in plans],
     )
     bare = bare_model(model)
     reshard(bare)
@@ -232,12 +239,14 @@ def _build(
     layouts = {name: layout_of(name, parameter) for name, parameter in parameters.items()}
     masks = local_masks = MaskStore(names, {choice.name: choice.shape for choice in prunable})
     is_sharded = any(layout is not None for layout in layouts.values())
+    check_turns(alternation, samples=method.name if method.sampler is not None else None, sharded=is_sharded)
     if is_sharded:
         check_correction(registry)
         parameters, local = ShardedSlots(bare, parameters), LocalSlots(bare, parameters)
         masks = sharded_masks = ShardedMasks(names, parameters)
         local_masks = sharded_masks.local
     layers, grouped = [choice.name for choice in prunable], [group.name for group in groups.groups] if groups else []
+    normalization = PrivateNormalization(bare, names, default, enabled=config.private_normalization)
     updater = MaskUpdater(
         config,
         plans,
@@ -246,9 +255,9 @@ def _build(
         masks=masks,
         groups=groups,
         group_distribution=_distribution(config, names, registry, "uniform", grouped, layers),
+        states=ChannelStates(bare, groups, normalization, masks.shapes) if groups else None,
     )
     sampler = build_sampler(method, config, plans, masks.shapes, groups=groups, sharded=is_sharded)
-    normalization = PrivateNormalization(bare, names, default, enabled=config.private_normalization)
     check_private_in_optimizer(optimizer, bare, normalization.parameter_names)
     check_first_momentum(optimizer, normalization.parameter_names)
     normalization.adopt_optimizer_state(optimizer)

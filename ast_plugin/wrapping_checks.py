@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ast_plugin.alternation import Alternation, trains_several
 from ast_plugin.attachment import is_attached
-from ast_plugin.errors import SelectionError, WrapError
+from ast_plugin.errors import ConfigError, SelectionError, WrapError
+from ast_plugin.methods import Method
 from ast_plugin.optimizers import refusal_of, trained_by
 from ast_plugin.parameters import ParameterChoice
 from ast_plugin.plugins import PluginRegistry
@@ -45,6 +48,18 @@ def check_kind(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         )
 
 
+@contextlib.contextmanager
+def taken_over(method: Method, optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[None]:
+    """Have a method take over model and optimizer (`Method.take_over`), and undo it if the block fails."""
+    undo = None if method.take_over is None else method.take_over(optimizer, bare_model(model))
+    try:
+        yield
+    except BaseException:
+        if undo is not None:
+            undo()
+        raise
+
+
 def check_outermost(outermost: object, model: nn.Module) -> None:
     """Refuse an outermost module that is none, or does not hold the model; None is fine.
 
@@ -75,6 +90,32 @@ def check_correction(registry: PluginRegistry) -> None:
         raise WrapError(
             "a plugin corrects gradients (ast_correct_gradients), and this model's are spread over the ranks, of which "
             "it would see one part; train without the plugin, or with DistributedDataParallel"
+        )
+
+
+def check_turns(alternation: Alternation, *, samples: str | None, sharded: bool) -> None:
+    """Refuse to train several sub-nets in one step where that cannot work.
+
+    Args:
+        alternation: The order of the run.
+        samples: Name of the method, if it draws masks at every step.
+        sharded: Whether ranks hold parts of the parameters.
+
+    Raises:
+        ConfigError: With a method that draws masks at every step.
+        WrapError: If parameters are sharded.
+    """
+    if not trains_several(alternation):
+        return
+    if samples is not None:
+        raise ConfigError(
+            f"method {samples!r} draws the masks of one sub-net at every step, and alternation {alternation.name!r} "
+            "trains several in each; use alternation='alternating'"
+        )
+    if sharded:
+        raise WrapError(
+            f"alternation {alternation.name!r} trains several sub-nets in one step, and adds up gradients of which "
+            "every rank holds a part here; train with DistributedDataParallel, or with alternation='alternating'"
         )
 
 

@@ -55,6 +55,15 @@ def probabilities(results: Mapping[str, Any]) -> str:
     return markdown(["", "", *(f"kept {kept:g}" for kept in results["kept"])], rows)
 
 
+def whole_runs(results: Mapping[str, Any]) -> str:
+    """Return the time of whole runs as shares of a dense run's."""
+    rows = [
+        [name, f"{found['share']:.2f}", f"{found['share_long']:.2f}", str(found["updates"])]
+        for name, found in results["runs"].items()
+    ]
+    return markdown(["", f"{results['steps']} steps", "computed for 10,000", "masks changed"], rows)
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table; all but texts are aligned to the right."""
     texts = [column for column in range(len(head)) if any(not _is_number(row[column]) for row in rows)]
@@ -78,6 +87,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training-resnet50": lambda: training(_read("sliced_training"), "ResNet-50"),
     "training-resnet32": lambda: training(_read("sliced_training"), "ResNet-32"),
     "training-vit": lambda: training(_read("sliced_training"), "ViT-B blocks"),
+    "runs": lambda: whole_runs(_read("sliced_runs")),
     "inference-resnet50": lambda: inference(_read("inference"), "ResNet-50"),
     "inference-vit": lambda: inference(_read("inference"), "ViT-B, channels"),
     "inference-linear": lambda: inference(_read("inference"), "ViT-B, linear layers"),

@@ -37,11 +37,14 @@ FLOORS = {
     "named_tensors": 1,
     "packs": 1,
     "patterns": 1,
+    "private_entries": 1,
     "random_state": 1,
     "schedules": 1,
     "selection_kernels": 1,
     "sharding": 1,
+    "turns": 1,
     "vr_pge": 1,
+    "guests": 2,
     "masks": 2,
     "methods": 2,
     "norm_layers": 2,
@@ -63,6 +66,7 @@ FLOORS = {
     "attachment": 4,
     "checkpoint": 4,
     "compile": 4,
+    "decisions": 4,
     "distributed": 4,
     "elastic": 4,
     "gradients": 4,
@@ -85,6 +89,7 @@ FLOORS = {
     "sliced_model": 4,
     "updates": 4,
     "channel_scores": 4,
+    "channel_states": 4,
     "channel_updates": 4,
     "weight_updates": 4,
     "grouping": 4,
@@ -129,7 +134,7 @@ SPLIT_CONCEPTS = (
     "wrapping",
 )
 
-HOSTS = frozenset({"accelerate", "timm", "transformers"})
+HOSTS = frozenset({"accelerate", "timm", "transformers", "lightning", "pytorch_lightning"})
 CORE_DEPENDENCIES = frozenset({"numpy", "pluggy", "safetensors", "torch"})
 OPTIONAL_DEPENDENCIES = HOSTS | {
     *("matplotlib", "onnx", "onnxruntime", "onnxscript", "rich", "sklearn", "torch_pruning", "torchvision"),
@@ -319,13 +324,15 @@ from ast_plugin.errors import MissingExtraError
 
 def look_up(package):
     needing = set()
-    for name in package.__all__:
+    public = getattr(package, "__all__", ())
+    extra = "lightning" if package.__name__.endswith("lightning") else "hf"
+    for name in public:
         try:
             getattr(package, name)
         except MissingExtraError as error:
-            assert "ast-plugin[hf]" in str(error), error
+            assert f"ast-plugin[{extra}]" in str(error), error
             needing.add(name)
-    of_the_host = {"ASTCallback", "ASTTrainerMixin", "attach"} & set(package.__all__)
+    of_the_host = {"ASTCallback", "ASTTrainerMixin", "attach"} & set(public)
     assert needing >= of_the_host, needing
     assert not needing & {"ASTArguments", "TimmSelection", "TransformersSelection", "wrap"}, needing
 """
@@ -333,7 +340,8 @@ def look_up(package):
 
 def test_integrations_are_importable_without_their_hosts(tmp_path: Path) -> None:
     # Of their public names, those that are made of the host's own classes say which extra is missing.
-    packages = [f"ast_plugin.integrations.{path.parent.name}" for path in (ROOT / "integrations").glob("*/__init__.py")]
+    folders = [path.parent.relative_to(ROOT) for path in (ROOT / "integrations").glob("*/**/__init__.py")]
+    packages = [f"ast_plugin.{'.'.join(folder.parts)}" for folder in folders]
     names = "\n".join(f"look_up({name})" for name in packages)
     blocked, modules = sorted(OPTIONAL_DEPENDENCIES), ["ast_plugin.integrations", *packages]
     script = IMPORT_EVERYTHING.format(blocked=blocked, modules=modules) + LOOK_UP + f"{names}\n"

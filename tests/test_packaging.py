@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 import ast_plugin
+from ast_plugin.elastic_accessors import ENTRY_POINT_GROUP, accessor_names
+from ast_plugin.plugins import PluginRegistry
 from ast_plugin.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +51,20 @@ def test_command_is_installed() -> None:
     scripts = importlib.metadata.entry_points(group="console_scripts", name="ast-plugin")
     assert [script.value for script in scripts] == ["ast_plugin.cli:main"]
     assert all(callable(script.load()) for script in scripts)
+
+
+def test_the_plugin_of_the_package_itself_is_installed() -> None:
+    points = [e for e in importlib.metadata.entry_points(group="ast_plugin") if e.dist and e.dist.name == "ast-plugin"]
+    assert {point.name: point.value for point in points} == PROJECT["project"]["entry-points"]["ast_plugin"]
+    loaded = {plugin.name: plugin for plugin in PluginRegistry(autoload=True).loaded()}
+    assert loaded["family"].version == __version__
+
+
+def test_ensembles_are_installed_as_an_accessor() -> None:
+    points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP, name="ensemble")
+    assert [point.value for point in points] == ["ast_plugin.integrations.family.ensembles:ensemble"]
+    assert "ensemble" in accessor_names()
+    assert all(callable(point.load()) for point in points)
 
 
 def test_version_is_the_same_everywhere() -> None:

@@ -29,7 +29,14 @@ from ast_plugin.plugins_discovery import AUTOLOAD_VARIABLE, BLOCK_VARIABLE
 from ast_plugin.plugins_host import PluginHost
 from ast_plugin.version import __version__
 
-ORDER = {"count": 3, "seed": 0, "steps_per_epoch": None, "names": ("s50", "s90", "2:4"), "default": "s90"}
+ORDER = {
+    "count": 3,
+    "seed": 0,
+    "steps_per_epoch": None,
+    "names": ("s50", "s90", "2:4"),
+    "default": "s90",
+    "sparsities": (0.5, 0.9, 0.5),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -315,6 +322,30 @@ def test_everything_can_be_offered() -> None:
     assert callable(registry.distribution("flat"))
     assert registry.alternation("last", **ORDER).sub_net_at(0) == 2
     assert registry.alternation("last:2", **ORDER).sub_net_at(0) == 1
+
+
+def test_an_order_is_given_what_it_asks_for() -> None:
+    given: dict[str, Any] = {}
+
+    def none() -> FixedOrder:
+        return FixedOrder(0)
+
+    def some(*, names: Any, sparsities: Any) -> FixedOrder:
+        given.update(some=(names, sparsities))
+        return FixedOrder(1)
+
+    def everything(**arguments: Any) -> FixedOrder:
+        given.update(everything=arguments)
+        return FixedOrder(2)
+
+    builds = (none, some, everything)
+    records = [AlternationRecord(name=build.__name__, description="d", build=build) for build in builds]
+    registry = alone(Offers(alternations=records))
+    assert [registry.alternation(record.name, **ORDER).sub_net_at(0) for record in records] == [0, 1, 2]
+    assert given == {
+        "some": (("s50", "s90", "2:4"), (0.5, 0.9, 0.5)),
+        "everything": {**ORDER, "argument": None},
+    }
 
 
 def test_the_last_registered_plugin_is_asked_first_and_may_pass() -> None:
@@ -929,7 +960,7 @@ def test_what_breaks_only_when_it_is_used_names_the_plugin_too() -> None:
     assert pattern.unit_count((2, 3)) == 6
     with pytest.raises(PluginError, match=r"keep_top of pattern 'brittle'.*in keep_top"):
         pattern.keep_top(torch.ones(6), 3, (2, 3))
-    order = registry.alternation("brittle", count=2, seed=0, steps_per_epoch=None, names=("a", "b"), default="a")
+    order = registry.alternation("brittle", **ORDER)
     with pytest.raises(PluginError, match=r"sub_net_at of alternation 'brittle'.*in sub_net_at"):
         order.sub_net_at(0)
     with pytest.raises(PluginError, match=r"the sparsity schedule of method 'brittle'.*in schedule"):

@@ -14,9 +14,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, EvalPrediction, ProgressCallback, Trainer, TrainerCallback
 from transformers_runs import SUB_NETS, figures, gpt2, logged, pictures, resnet, sparse, texts, trainer_of
 
-from ast_plugin.errors import ConfigError
 from ast_plugin.integrations.transformers import ASTCallback
-from ast_plugin.integrations.transformers.evaluation import check_best_metric, sub_net_of
 from ast_plugin.integrations.transformers.state import read_state
 from ast_plugin.training_exchange import with_plain_entries
 
@@ -368,18 +366,6 @@ def test_saving_the_best_alone_begins_when_the_sub_net_is_there(tmp_path: Path) 
     there = [step for step, entry in evaluated.items() if entry["eval_s95_sparsity"] > 0.9495]
     assert saved[0] == there[0] > 2
     assert all((tmp_path / f"checkpoint-{step}" / "ast_state.pt").is_file() for step in saved)
-
-
-def test_the_sub_net_that_a_metric_names() -> None:
-    assert sub_net_of("eval_s95_loss", SUB_NETS) is None
-    assert sub_net_of("eval_s90_loss", SUB_NETS) == "s90"
-    assert sub_net_of("s80_accuracy", SUB_NETS) == "s80"
-    assert sub_net_of("eval_german_2:4_loss", ("s50", "2:4")) == "2:4"
-    assert sub_net_of(None, SUB_NETS) is None
-    for fine in (None, "loss", "eval_matthews_correlation", "s2s_score", "eval_s90_loss"):
-        check_best_metric(fine, SUB_NETS)
-    with pytest.raises(ConfigError, match="'2:8'"):
-        check_best_metric("eval_2:8_loss", ("s50", "2:4"))
 
 
 def test_a_metric_that_nobody_measures_is_refused_by_the_trainer_with_all_there_are(tmp_path: Path) -> None:

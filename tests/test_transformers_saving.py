@@ -24,7 +24,8 @@ from ast_plugin.cli import main
 from ast_plugin.elastic_file import ELASTIC, read_elastic
 from ast_plugin.errors import ConfigError, ElasticFileError, SaveError
 from ast_plugin.export_folder import export_folder
-from ast_plugin.integrations.transformers.saving import CONFIG, export_pretrained, save_sub_nets
+from ast_plugin.integrations.sub_net_files import CONFIG
+from ast_plugin.integrations.transformers.saving import export_pretrained, save_sub_nets
 from ast_plugin.version import __version__
 
 pytestmark = pytest.mark.extra("hf")

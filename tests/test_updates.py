@@ -113,6 +113,12 @@ def test_set_grows_the_same_weights_for_the_same_seed_and_step_only() -> None:
     assert not torch.equal(masks(0, 5), masks(1, 5))
 
 
+def test_a_method_that_decides_masks_decides_none_of_channels() -> None:
+    method = Method(name="decided", description="", decide=lambda inputs: {})
+    with pytest.raises(ConfigError, match="pattern 'channel', and method 'decided' decides masks weight by weight"):
+        updater(method, EIGHT, pattern="channel")
+
+
 def test_static_is_never_due_and_random_by_seed() -> None:
     weights = {"w": torch.randn(16, 16)}
     made = updater(STATIC, weights)

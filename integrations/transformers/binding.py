@@ -5,10 +5,9 @@ Only this one object changes, so it may be of any subclass, and is as before whe
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -18,6 +17,9 @@ from transformers import Trainer, TrainerCallback
 from ast_plugin.config import ASTConfig
 from ast_plugin.elastic_file import ELASTIC
 from ast_plugin.errors import ConfigError, WrapError
+from ast_plugin.integrations.around import Around
+from ast_plugin.integrations.family.sup_tickets import SupTickets
+from ast_plugin.integrations.family.sup_tickets_hosts import recompute_once
 from ast_plugin.integrations.transformers.card import write_card
 from ast_plugin.integrations.transformers.evaluation import evaluate_each
 from ast_plugin.integrations.transformers.saving import save_sub_nets
@@ -32,12 +34,19 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("ast_plugin.transformers")
 
 
-def attach(trainer: Trainer, config: ASTConfig | None = None, **options: Unpack[ASTOptions]) -> ASTCallback:
+def attach(
+    trainer: Trainer,
+    config: ASTConfig | None = None,
+    *,
+    sup_tickets: SupTickets | int | None = None,
+    **options: Unpack[ASTOptions],
+) -> ASTCallback:
     """Have a Trainer of any subclass train sub-nets, as with an `ASTCallback` among its callbacks.
 
     Args:
         trainer: The Trainer; it has not trained yet.
         config: All settings as one object, instead of `options`.
+        sup_tickets: Tickets at the end of the run, or how many.
         **options: The settings of `ASTConfig` by name, for example ``sparsities=(0.9, 0.95)``.
 
     Returns:
@@ -56,7 +65,7 @@ def attach(trainer: Trainer, config: ASTConfig | None = None, **options: Unpack[
     """
     from ast_plugin.integrations.transformers.callback import ASTCallback
 
-    return ASTCallback(config, **options).bind(trainer)
+    return ASTCallback(config, sup_tickets=sup_tickets, **options).bind(trainer)
 
 
 class Binding:
@@ -75,7 +84,7 @@ class Binding:
         self._callback = callback
         self._resumed: str | None = None
         self._in_checkpoint = False
-        self._before: dict[str, Any] = {}
+        self._around = Around()
         for name, around in {
             "training_step": self._step,
             "compute_loss": self._compute_loss,
@@ -87,16 +96,11 @@ class Binding:
             "save_model": self._save_model,
             "create_model_card": self._create_card,
         }.items():
-            self._put_around(name, around)
+            self._around.put(trainer, name, around)
 
     def remove(self) -> None:
         """Give the Trainer its own methods back, and take the callback out of it."""
-        for name, before in self._before.items():
-            if before is None:
-                delattr(self.trainer, name)
-            else:
-                setattr(self.trainer, name, before)
-        self._before.clear()
+        self._around.remove()
         self.trainer.remove_callback(self._callback)
 
     def take_resumed(self) -> str | None:
@@ -104,15 +108,14 @@ class Binding:
         folder, self._resumed = self._resumed, None
         return folder
 
+    def recompute(self) -> None:
+        """Estimate the BatchNorm statistics of superposed sub-nets from the training data, once there are any."""
+        recompute_once(self._callback.sup_tickets, lambda: _TrainingData(self.trainer), _logger)
+
     def _run(self) -> AlternatingSparseTraining | None:
         """Return the run of the model that the Trainer has now: after training it may have been given another one."""
         ast = self._callback.ast
         return ast if ast is not None and any(ast.model is part for part in self.trainer.model.modules()) else None
-
-    def _put_around(self, name: str, around: Callable[..., Any]) -> None:
-        method = getattr(self.trainer, name)
-        self._before[name] = vars(self.trainer).get(name)
-        setattr(self.trainer, name, functools.wraps(method)(functools.partial(around, method)))
 
     def _load(self, method: Callable[..., Any], checkpoint: str | None, *args: Any, **options: Any) -> Any:
         self._resumed = checkpoint
@@ -139,6 +142,7 @@ class Binding:
         ast = self._run()
         if ast is None:
             return method(*args, **options)
+        self.recompute()
         return evaluate_each(self.trainer, ast, method, *args, **options)
 
     def _determine_best(self, method: Callable[..., bool], *args: Any, **options: Any) -> bool:
@@ -149,6 +153,7 @@ class Binding:
     def _save_checkpoint(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         if self._callback.ast is not None:
             self._callback.ast.synchronize_normalization()
+            self.recompute()
         self._in_checkpoint = True
         try:
             return method(*args, **options)
@@ -184,6 +189,24 @@ class Binding:
         if ast is not None and self.trainer.args.should_save:
             write_card(ast, self.trainer.args.output_dir)
         return result
+
+
+class _TrainingData:
+    """The batches of a Trainer's training data, as often as they are asked for; from a loader of their own.
+
+    The one of the training loop may be in the middle of an epoch.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._loader = trainer.get_train_dataloader()
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._loader
+        finally:
+            end = getattr(self._loader, "end", None)  # accelerate's, which a loop that stops early would leave open
+            if callable(end):
+                end()
 
 
 def calling_trainer(callback: TrainerCallback) -> Trainer | None:

@@ -16,7 +16,7 @@ import yaml
 from ast_plugin.elastic_file import ELASTIC
 from ast_plugin.export_card import CITATION, README, code, metrics_table, with_section
 from ast_plugin.files import atomic_write_text, file_path
-from ast_plugin.integrations.transformers.saving import class_name
+from ast_plugin.integrations.sub_net_files import class_name
 from ast_plugin.report_format import grouped, percent, short_percent
 from ast_plugin.slots import bare_model
 from ast_plugin.training import AlternatingSparseTraining

@@ -5,37 +5,28 @@ Nothing of transformers is imported here: a model saves itself, and the sub-nets
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from ast_plugin.distributed import is_first_rank
 from ast_plugin.elastic_file import ELASTIC
 from ast_plugin.errors import ConfigError, SaveError
 from ast_plugin.export import SubNetSource, export_model
-from ast_plugin.files import atomic_write_text, file_path
-from ast_plugin.report import Report
-from ast_plugin.sealed_file import to_json
-from ast_plugin.sharding import is_sharded
+from ast_plugin.files import file_path
+from ast_plugin.integrations.sub_net_files import any_sharded, write_sub_nets
 from ast_plugin.slots import bare_model
 from ast_plugin.training import AlternatingSparseTraining
-from ast_plugin.version import __version__
-
-CONFIG = "ast_config.json"
-
-_FORMAT = "ast_plugin.config"
-_VERSION = 1
 
 
 def save_sub_nets(
     ast: AlternatingSparseTraining, folder: str | os.PathLike[str], *, elastic: bool = True
 ) -> list[Path]:
     """Write the sub-nets beside the saved model: ``elastic.safetensors``, and ``ast_config.json`` for programs.
+
+    Of a run with superposed sub-nets (`ast_plugin.integrations.family.SupTickets`) it writes those, and the last ones
+    as ``elastic_last.safetensors``.
 
     A Trainer with an `ASTCallback` calls this itself; in a loop of your own call it after
     ``model.save_pretrained(folder)``. As for `AlternatingSparseTraining.save`, call it on one rank; where parameters
@@ -57,24 +48,7 @@ def save_sub_nets(
     Warns:
         UserWarning: With `elastic`, if a sub-net is far from its target, because its mask schedule has not ended.
     """
-    if not isinstance(ast, AlternatingSparseTraining):
-        raise ConfigError(
-            f"ast must be the controller of a run, got {type(ast).__name__}; give what wrap() returned, or the "
-            "callback's ast once training has begun"
-        )
-    place = file_path(folder)
-    name = class_name(ast.model)
-    files = []
-    if elastic:
-        files.append(place / ELASTIC)
-        ast.save(files[0], report=Report.from_training(ast, title=f"Sub-nets of {name}").to_dict())
-    if _any_sharded(ast.model) and not is_first_rank(ast.model):
-        return files
-    summary = json.dumps(to_json(CONFIG, _summary(ast, name, files)), indent=2, allow_nan=False)
-    atomic_write_text(place / CONFIG, summary + "\n")
-    if not elastic:
-        (place / ELASTIC).unlink(missing_ok=True)
-    return [*files, place / CONFIG]
+    return write_sub_nets(ast, folder, host="transformers", elastic=elastic)
 
 
 def export_pretrained(
@@ -115,7 +89,7 @@ def export_pretrained(
             f"model is a {type(bare).__name__} with adapters, and save_pretrained would write those alone; merge them: "
             "export_model(source, name, model).merge_and_unload().save_pretrained(folder)"
         )
-    if _any_sharded(bare):
+    if any_sharded(bare):
         raise ConfigError(
             "model has sharded parameters, of which every rank holds a part; save the sub-nets with save_sub_nets, and "
             "export from that folder: ast-plugin export FOLDER --sub-net NAME --to OTHER"
@@ -133,49 +107,7 @@ def export_pretrained(
         processing_class.save_pretrained(place)
 
 
-def class_name(model: nn.Module) -> str:
-    """Return the name of the class that the user's model has, inside wrappers."""
-    return type(bare_model(model)).__name__.removeprefix("FSDP")  # fully_shard makes a class with that in front
-
-
-def _summary(ast: AlternatingSparseTraining, model: str, files: list[Path]) -> dict[str, Any]:
-    versions = {"ast-plugin": __version__, "torch": torch.__version__, "transformers": _version("transformers")}
-    return {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "model": model,
-        "default_sub_net": ast.default_sub_net,
-        "sub_nets": [
-            {
-                "name": spec.name,
-                "target_sparsity": spec.sparsity,
-                "sparsity": ast.masks.sparsity(spec.name),
-                "kept": ast.masks.kept(spec.name),
-                "total": ast.masks.total(),
-                "pattern": spec.pattern,
-                "metrics": ast.metrics[spec.name],
-            }
-            for spec in ast.config.sub_nets
-        ],
-        "step": ast.step,
-        "config": ast.config.to_dict(),
-        "files": [file.name for file in files],
-        "versions": {package: version for package, version in versions.items() if version is not None},
-    }
-
-
 def _has_adapters(model: nn.Module) -> bool:
     if getattr(model, "_hf_peft_config_loaded", False):
         return True
     return any(base.__module__.partition(".")[0] == "peft" for base in type(model).__mro__)
-
-
-def _any_sharded(model: nn.Module) -> bool:
-    return any(is_sharded(parameter) for parameter in model.parameters())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

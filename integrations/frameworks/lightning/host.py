@@ -1,0 +1,144 @@
+"""What is read from Lightning: its version, how many steps a fit makes, and where its files go.
+
+Lightning is installed under two names, ``lightning`` and ``pytorch_lightning``, whose classes are not each other's.
+Things are known by the names of their classes, so that either may be used.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ast_plugin.errors import MissingExtraError
+from ast_plugin.random_state import RandomState
+
+try:
+    import lightning.pytorch as pl
+except ModuleNotFoundError as missing:
+    if missing.name != "lightning":
+        raise
+    import pytorch_lightning as pl
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+OLDEST = (2, 2)
+
+_PACKAGES = ("lightning", "pytorch_lightning")
+_GLOBAL_SEED = "PL_GLOBAL_SEED"  # what seed_everything leaves for other processes
+
+
+def check_version(version: str) -> None:
+    """Refuse versions of Lightning that are older than those that were tried.
+
+    Args:
+        version: Such as ``2.6.1``.
+
+    Raises:
+        MissingExtraError: If it is older.
+    """
+    found = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if found < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise MissingExtraError(
+            f"ASTCallback needs Lightning {oldest} or newer, and {version} is installed; install a newer one with: "
+            "pip install 'ast-plugin[lightning]'"
+        )
+
+
+check_version(pl.__version__)
+
+
+def is_a(thing: object, kind: str) -> bool:
+    """Tell whether an object is of one of Lightning's classes, of either package.
+
+    Args:
+        thing: Any object.
+        kind: The name of the class.
+    """
+    return any(base.__name__ == kind and base.__module__.partition(".")[0] in _PACKAGES for base in type(thing).__mro__)
+
+
+def planned_steps(trainer: Trainer) -> int | None:
+    """Return the optimizer steps of a whole fit, from its very beginning; None where Lightning cannot know them."""
+    try:
+        steps = trainer.estimated_stepping_batches
+    except Exception as error:
+        if not is_a(error, "MisconfigurationException"):  # accumulation that changes with the epochs
+            raise
+        return None
+    return int(steps) if 0 < steps < math.inf else None
+
+
+def steps_per_epoch(trainer: Trainer) -> int | None:
+    """Return the optimizer steps of an epoch, None if the data have no length."""
+    batches = trainer.num_training_batches
+    return max(math.ceil(batches / trainer.accumulate_grad_batches), 1) if batches < math.inf else None
+
+
+def global_seed() -> int | None:
+    """Return what ``seed_everything`` was given, None if it was not called."""
+    found = os.environ.get(_GLOBAL_SEED, "")
+    return int(found) if found.isdigit() else None
+
+
+def evaluation_loops(trainer: Trainer) -> Iterator[Any]:
+    """Yield the loops over validation and test data, which have a method ``run``."""
+    yield trainer.fit_loop.epoch_loop.val_loop
+    yield trainer.validate_loop
+    yield trainer.test_loop
+
+
+def local_path(path: str | os.PathLike[str]) -> Path | None:
+    """Return a path in the file system of this machine, None where it is another one's."""
+    text = os.fspath(path)
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    return None if "://" in text else Path(text)
+
+
+def example_inputs(module: LightningModule, network: nn.Module) -> Any:
+    """Return what the network is called with on the LightningModule's ``example_input_array``; None if it has none.
+
+    Nothing is left of the call: generators and running statistics are as before.
+
+    Args:
+        module: The LightningModule.
+        network: It, or a module in it.
+    """
+    example = module.example_input_array
+    if example is None:
+        return None
+    example = module._apply_batch_transfer_handler(example)
+    if network is module:
+        return example
+    found: list[Any] = []
+
+    def note(called: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        names = list(inspect.signature(called.forward).parameters)
+        found.append({**dict(zip(names, args, strict=False)), **options} if options else args)
+
+    state = RandomState()
+    before = state.state_dict()
+    modes = [(part, part.training) for part in module.modules()]
+    handle = network.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        module.eval()
+        with torch.no_grad():
+            if isinstance(example, dict):
+                module(**example)
+            else:
+                module(*example) if isinstance(example, tuple) else module(example)
+    finally:
+        handle.remove()
+        state.load_state_dict(before)
+        for part, training in modes:
+            part.training = training
+    return found[0] if found else None
