@@ -25,6 +25,8 @@ from ast_plugin.tensor_exchange import TensorExchange, WeightExchange, copied
 LAST = "last"
 """The version that is always there: what is being trained."""
 
+_ATTEMPTS = 5  # more interrupts than anybody sends in the milliseconds that it takes
+
 
 @dataclasses.dataclass(eq=False)
 class Version:
@@ -243,10 +245,14 @@ def _check_sub_nets(what: str, given: Any, sub_nets: Sequence[str]) -> None:
             raise ConfigError(f"{what} are for {name!r}, which is no sub-net: {near_names(str(name), sub_nets)}")
 
 
-def _surely(exchange: Callable[[bool], Any], on: bool) -> None:
-    """Call it, and once more where an interrupt cuts it off."""
-    try:
-        exchange(on)
-    except BaseException:
-        exchange(on)
-        raise
+def _surely(exchange: Callable[[bool], None], on: bool) -> None:
+    """Make an exchange, again where interrupts cut it off, and raise the first of them when it is made."""
+    first: BaseException | None = None
+    for _ in range(_ATTEMPTS):
+        try:
+            exchange(on)
+            break
+        except BaseException as error:
+            first = first or error
+    if first is not None:
+        raise first

@@ -444,6 +444,13 @@ def what_cannot_work_is_refused(folder: Path) -> Iterator[None]:
     with pytest.raises(ast_plugin.ActivationError, match=r"fully_shard\(\) was applied to the model after wrap"):
         model(vector_batch(0)[0])
 
+    _, _, ast = start(mlp)
+    with pytest.raises(
+        ast_plugin.ConfigError, match="version 'mean' would put whole weights on a model of which every"
+    ):
+        ast.add_version("mean", lambda: None)
+    assert ast.versions == ("last",)
+
     class Correcting:
         @ast_plugin.hookimpl
         def ast_correct_gradients(self) -> None:

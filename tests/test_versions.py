@@ -176,7 +176,8 @@ def test_an_exception_inside_leaves_no_trace() -> None:
         assert ast.chosen is None
 
 
-@pytest.mark.parametrize("at", range(0, 40, 3))
+# Five weights are written twice on the way in, then three times fifteen tensors of BatchNorm; and again on the way out.
+@pytest.mark.parametrize("at", [0, 1, 2, 9, 10, 11, 55, 98, 99, 100, 101, 109, 110, 111, 155, 198])
 def test_an_interrupt_at_any_write_loses_nothing(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run, version, nets = early()
     ast = run[2]
