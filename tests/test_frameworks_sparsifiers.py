@@ -245,8 +245,8 @@ def restored(model: nn.Module, sparsifier: BaseSparsifier) -> Iterator[None]:
         ({"sparsities": (0.5, 0.9999)}, ConfigError, "allow_empty_layers"),
         ({"sparsities": (0.5,), "total_steps": 2, "update_interval": 9}, ConfigError, "total_steps|update_interval"),
         ({"pattern": "4x4"}, PluginError, "pattern '4x4'"),
-        ({"include": ("2.*",)}, SelectionError, "prepared, not chosen: 0.weight; leave both out, or write include="),
-        ({"exclude": ("0.*",)}, SelectionError, "chosen, not prepared: 4.weight; prepared, not chosen: 0.weight"),
+        ({"include": ("2.*",)}, SelectionError, "missing: 0.weight; leave both out, or write include="),
+        ({"exclude": ("0.*",)}, SelectionError, "too many: 4.weight; missing: 0.weight"),
         ({"initial_sparsity": 0.3}, ConfigError, "initial_sparsity=0.3 has no meaning"),
     ],
 )

@@ -15,6 +15,7 @@ from transformers_runs import SUB_NETS, arguments_of, gpt2, sparse, texts, train
 from ast_plugin import ASTConfig, SubNetSpec
 from ast_plugin.errors import ActivationError, ConfigError, SelectionError, StateError, WrapError
 from ast_plugin.hookspecs import hookimpl
+from ast_plugin.integrations.family import plugin
 from ast_plugin.integrations.transformers import ASTCallback, attach
 from ast_plugin.methods import Method, magnitude
 
@@ -334,6 +335,16 @@ def test_a_length_that_is_not_the_trainers_is_refused(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, sparse(total_steps=100))
     with pytest.raises(ConfigError, match="total_steps=100, and the Trainer makes 16"):
         trainer.train()
+
+
+def test_an_order_that_needs_a_closure_is_refused_when_the_trainer_is_made(tmp_path: Path) -> None:
+    model = gpt2()
+    with pytest.raises(ConfigError, match=r"'joint' trains several sub-nets in each step and needs optimizer\.step"):
+        trainer_of(tmp_path, sparse(alternation="joint", plugins=[plugin]), model=model)
+    assert not model._forward_pre_hooks
+    trainer_of(
+        tmp_path, sparse(alternation="dense_pivot", sparsities=(0.0, 0.5), plugins=[plugin]), model=model
+    ).train()
 
 
 def test_a_training_of_no_steps_is_refused(tmp_path: Path) -> None:

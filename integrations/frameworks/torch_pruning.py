@@ -75,6 +75,8 @@ def from_importance(
         )
     taylor = isinstance(importance, kinds.GroupTaylorImportance)
     reads = taylor if needs_gradient is None else needs_gradient
+    if taylor and not reads:
+        raise ConfigError(f"{_name(importance)} reads gradients, and needs_gradient=False keeps none; leave it out")
     if without_gradient is not None:
         if not reads:
             raise ConfigError(

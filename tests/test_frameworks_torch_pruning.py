@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch_pruning as tp
 from networks import image_batch, sgd, train
 from residual_networks import residual_groups, residual_net, token_groups, token_net
 from torch import Tensor, nn
@@ -16,14 +17,12 @@ from torch.nn import functional
 
 import ast_plugin
 from ast_plugin.errors import ConfigError
+from ast_plugin.integrations.frameworks.torch_pruning import from_importance
 from ast_plugin.methods import GMP, SET
 from ast_plugin.sub_nets import SubNetSpec
 
 pytestmark = pytest.mark.extra("channels")
 
-tp = pytest.importorskip("torch_pruning")
-
-from ast_plugin.integrations.frameworks.torch_pruning import from_importance  # noqa: E402  # needs the package above
 
 CASES = {"residual": (residual_net, residual_groups), "tokens": (token_net, token_groups)}
 IMPORTANCES = {
@@ -239,6 +238,8 @@ def test_options_that_contradict_one_another_are_refused() -> None:
         from_importance(magnitude, without_gradient=magnitude)
     with pytest.raises(ConfigError, match="without_gradient=TaylorImportance needs a gradient itself"):
         from_importance(taylor, without_gradient=taylor)
+    with pytest.raises(ConfigError, match="TaylorImportance reads gradients, and needs_gradient=False keeps none"):
+        from_importance(taylor, needs_gradient=False)
     with pytest.raises(ConfigError, match="base='static' chooses channels without scores"):
         from_importance(magnitude, base="static")
     with pytest.raises(ConfigError, match="base='vr-pge' chooses channels without scores"):
