@@ -91,7 +91,7 @@ def compile_sub_net(
     check_sub_net(name, source.records)
     if form not in FORMS:
         raise ConfigError(f"unknown form {form!r}: {near_names(str(form), FORMS)}")
-    check_multiple(multiple)
+    check_multiple(multiple, form)
     if not is_number(seconds) or not 0 < seconds < float("inf"):
         raise ConfigError(f"seconds must be a number above 0, got {seconds!r}")
     edge = _block_size(source.records[name]) if block_size is None else block_size

@@ -150,6 +150,13 @@ def test_names_of_another_kind_are_refused(channels: Elastic, name: Any) -> None
             ask(name)
 
 
+@pytest.mark.parametrize("form", ["dense", "csr", "bsr", "2:4"])
+def test_a_multiple_goes_with_a_form_that_cuts_channels_out(channels: Elastic, form: str) -> None:
+    with pytest.raises(ConfigError, match=rf"multiple=8 .* form '{form}' cuts out none; give form='sliced', or leave"):
+        channels.compile("c75", form, pictures(), multiple=8)
+    assert channels.compile("c75", "auto", pictures(), multiple=8, seconds=0.1).compiled_form["sub_net"] == "c75"
+
+
 @pytest.mark.parametrize("form", ["auto", "dense", "sliced"])
 def test_a_multiple_out_of_range_is_refused_whatever_the_form(channels: Elastic, form: str) -> None:
     with pytest.raises(ConfigError, match="multiple must be a whole number of at least 1, such as 8 or 16, got 0"):
