@@ -30,9 +30,12 @@ class Rule(Protocol):
     needs_gradient: bool
     grow_initialization: Literal["keep", "zero"]
     distribution: str
-    is_due: Callable[[int, int | None], bool] | None
     initial_sparsity: float | None
     sparsity_schedule: SparsitySchedule
+
+    @property
+    def is_due(self) -> Callable[[int, int | None], bool] | None:
+        """What says when updates are due, None where the run does."""
 
     def take_over(self) -> Callable[[], None]:
         """Take off what the sparsifier has put outside the model; return what puts it back."""
@@ -79,7 +82,7 @@ def from_sparsifier(
         >>> sparsifier.prepare(model, config)
         >>> ast = ast_plugin.wrap(optimizer, model, sparsities=(0.9, 0.95), method=from_sparsifier(sparsifier))
     """
-    from torch.ao.pruning import BaseSparsifier
+    from torch.ao.pruning.sparsifier.base_sparsifier import BaseSparsifier
 
     if not isinstance(sparsifier, BaseSparsifier):
         raise ConfigError(

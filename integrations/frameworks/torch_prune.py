@@ -226,11 +226,12 @@ def _take_off_module(module: nn.Module, ones: list[_Pruned]) -> Callable[[], Non
     def put_back() -> None:
         for name in originals:
             del module._parameters[name]
-        for present, then in (
+        before: Any = (
             (module._parameters, parameters),
             (module._buffers, buffers),
             (module._forward_pre_hooks, hooks),
-        ):
+        )
+        for present, then in before:
             present.clear()
             present.update(then)
         for name, tensor in computed.items():
