@@ -104,6 +104,8 @@ class Attachment:
     def _before_forward(self, module: nn.Module, *_: Any, compiling: bool = False) -> None:
         if self._is_outermost(module):
             self._events.before_forward(compiling or is_tracing())
+        elif module.training and torch.is_grad_enabled():  # perhaps by a loop that knows of no module around it
+            self._events.check_allowed()
 
     def _after_forward(self, module: nn.Module, _: Any, output: Any) -> None:
         if self._is_outermost(module):
