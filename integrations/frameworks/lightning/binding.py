@@ -143,6 +143,7 @@ class Binding:
         # Sub-nets that are still on their way are of use to a run that goes on, and to nobody else.
         if place is not None and self.trainer.is_global_zero and ast.at_target:
             ast.save(elastic_beside(place))
+        self.trainer.strategy.barrier("elastic file")
         return result
 
     def _remove_checkpoint(self, method: Callable[..., Any], filepath: Any) -> Any:

@@ -290,6 +290,7 @@ class ASTCallback(pl.Callback):
         place = None if folder is None or trainer.fast_dev_run else local_path(folder)
         if place is not None and trainer.is_global_zero:
             write_sub_nets(ast, place, host=pl.__name__.partition(".")[0])
+        trainer.strategy.barrier("elastic file")
 
     def _settings(self, **steps: int | None) -> ASTConfig:
         seed = {} if self._seeded else {"seed": global_seed() or 0}
