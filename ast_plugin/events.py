@@ -17,7 +17,7 @@ from ast_plugin.exploration import Loss, losses_of
 from ast_plugin.parts import RunParts
 from ast_plugin.rewinding import Mark
 from ast_plugin.sharding import is_sharding_module
-from ast_plugin.sliced_routes import is_tracing
+from ast_plugin.sliced_routes import check_not_traced, is_tracing
 from ast_plugin.sliced_tensors import Small
 from ast_plugin.step import TrainingStep
 from ast_plugin.training_state import KEY, RunState
@@ -40,8 +40,7 @@ class RunEvents(Blocks):
         super().__init__(parts, step, state)
         self.state_in_optimizer = True
         self.refused: str | None = None
-        self._exploring = False
-        self._passing = False
+        self._exploring = self._passing = False
         self._running = False  # may be stale after an interrupt
         self._passed_by: Small | None = None
         self._graphs = (0, 0)  # the episode that the last graphs were recorded in, and how many there are
@@ -51,8 +50,7 @@ class RunEvents(Blocks):
         parts, number = self._parts, self._step.number
         if self.released or self._exploring or not parts.sampled.wanted(number):
             return
-        if self.refused is not None:
-            raise ActivationError(self.refused)
+        self.check_allowed()
         self.refuse("explore()", "leave the block before training goes on")
         self._check_own()
         check_every_rank_goes_on(parts.model)
@@ -70,6 +68,11 @@ class RunEvents(Blocks):
         with self.choose(self._step.scheduled, Form.COMPUTE):
             yield
 
+    def check_allowed(self) -> None:
+        """Raise where the model must not be trained now; a chosen sub-net may be looked at all the same."""
+        if self.refused is not None and not self._hands_off():
+            raise ActivationError(self.refused)
+
     def before_forward(self, compiling: bool) -> None:
         """Put on the scheduled sub-net in training, the default one otherwise, unless one was chosen."""
         activation = self._parts.activation
@@ -79,6 +82,7 @@ class RunEvents(Blocks):
             activation.refresh(compiling=compiling)
         if self._hands_off():
             return
+        check_not_traced()
         if current_backward() != NO_BACKWARD:
             raise ActivationError(
                 "the wrapped model's forward runs for the first time inside backward, so its first pass ran without "
@@ -86,8 +90,7 @@ class RunEvents(Blocks):
                 "use_reentrant=False, or wrap the module around it"
             )
         if self._is_training():
-            if self.refused is not None:
-                raise ActivationError(self.refused)
+            self.check_allowed()
             self.refuse("the model in training mode", "leave the block, or call model.eval() first")
         self._running = True
         self._step.mend()

@@ -113,7 +113,8 @@ def outcome(row: Row, task: str, seed: int, results: Results, steps: int | None 
 
 def passes(settings: Mapping[str, Any]) -> int:
     """Return how many forward and backward passes a run makes."""
-    return int(settings["steps"]) * (len(settings["sparsities"]) if settings["joint"] else 1)
+    together = settings["joint"] or settings["options"].get("alternation") == "joint"
+    return int(settings["steps"]) * (len(settings["sparsities"]) if together else 1)
 
 
 def _reference_seconds(task: str, results: Results, steps: int | None) -> float | None:
@@ -150,7 +151,8 @@ def table(task: str, name: str, seeds: Sequence[int], results: Results, steps: i
         steps: Of the reference run; None takes the task's.
     """
     measure = next(iter(TASKS[task].measures))
-    names = [sparsity_name(s) for s in TABLES[name].sparsities or TASKS[task].defaults["sparsities"]]
+    sub_nets = TABLES[name].sparsities or TASKS[task].defaults["sparsities"]
+    names = [s if isinstance(s, str) else s[0] if isinstance(s, tuple) else sparsity_name(s) for s in sub_nets]
     absolute, decimals = TABLES[name].absolute, TASKS[task].decimals
     lines = []
     for row in ROWS.values():

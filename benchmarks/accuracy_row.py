@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from accuracy_runs import FINAL, Settings
+from accuracy_runs import FINAL, Settings, SubNet
 from accuracy_tasks import TASKS
 
 ALTERNATING = "alternating"
@@ -73,7 +73,7 @@ class Table:
 
     title: str
     absolute: bool
-    sparsities: tuple[float, ...] | None = None
+    sparsities: tuple[SubNet, ...] | None = None
 
 
 def options(**settings: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from accuracy_row import ALTERNATING, Row, Table
 from accuracy_row import options as _options
+from accuracy_rows_mixed import MIXED, WITH_DENSE
 from accuracy_rows_tickets import rows_of_tickets
 from accuracy_runs import AVERAGE, RECALIBRATED
 
@@ -28,6 +29,11 @@ TABLES = {
     ),
     "tickets": Table(title="{measure}: mean ± standard deviation over the seeds", absolute=True),
     "ticket_gains": Table(title="{measure}: difference from the same run without cycles", absolute=False),
+    "mixed": Table(
+        title="{measure} of sub-nets with different patterns: mean ± standard deviation over the seeds",
+        absolute=True,
+        sparsities=WITH_DENSE,
+    ),
 }
 
 
@@ -42,6 +48,11 @@ def _hook(**mechanism: Any) -> dict[str, Any]:
 
 def _channels(**options: Any) -> dict[str, Any]:
     return {"sparsities": CHANNELS, "options": {"pattern": "channel", **options}}
+
+
+def _importance(kind: str, base: str = "granet", **options: Any) -> dict[str, Any]:
+    """Return changes by which an importance of torch-pruning scores the channels."""
+    return _channels(method={"importance": kind, "base": base}, **options)
 
 
 _SPARSEST_FIRST = _cycle((0, (2,)), (0.2, (2, 1)), (0.35, (2, 1, 0)))
@@ -254,6 +265,41 @@ _LIST = (
         share=None,
         changes=_channels(),
         text="trained separately, a third of the steps each",
+    ),
+    *(
+        Row(
+            name=name,
+            table="mixed",
+            text=text,
+            changes={"sparsities": sub_nets, **_options(**options)},
+            tasks=("digits",),
+            **fields,
+        )
+        for name, (text, sub_nets, options, fields) in MIXED.items()
+    ),
+    Row(
+        name="channels-taylor",
+        table="channels",
+        changes=_importance("TaylorImportance"),
+        text="granet, channels by torch-pruning's Taylor importance",
+    ),
+    Row(
+        name="channels-taylor-gmp",
+        table="channels",
+        changes=_importance("TaylorImportance", "gmp"),
+        text="gmp, channels by torch-pruning's Taylor importance",
+    ),
+    Row(
+        name="channels-importance",
+        table="channels",
+        changes=_importance("MagnitudeImportance"),
+        text="granet, channels by torch-pruning's magnitude importance",
+    ),
+    Row(
+        name="channels-lamp-global",
+        table="channels",
+        changes=_importance("LAMPImportance", distribution="global"),
+        text="granet, channels by torch-pruning's LAMP importance, one threshold over all groups",
     ),
 )
 

@@ -26,6 +26,8 @@ from accuracy_joint import JointTraining
 from accuracy_mechanisms import LateAverage, PrivateParameters, build_mechanism
 from accuracy_tasks import TASKS, Batch, Task
 from ast_plugin.config import CorrectionOptions
+from ast_plugin.integrations.family import plugin as family
+from ast_plugin.sub_nets import SubNetSpec
 from ast_plugin.training import AlternatingSparseTraining
 
 FINAL = "final"
@@ -33,6 +35,7 @@ RECALIBRATED = "recalibrated"
 AVERAGE = "average 0.2"
 SUPERPOSED = "superposed"
 SUPERPOSED_RECALIBRATED = "superposed, recalibrated"
+SubNet = float | str | tuple[str, float, str]
 WINDOWS = (0.2,)
 RECALIBRATION_BATCHES = 16
 WARMUP_STEPS = 50
@@ -46,21 +49,22 @@ class Settings:
     Attributes:
         task: Name of the task.
         seed: Of the initial weights, the batches and the masks.
-        sparsities: One sub-net each.
+        sparsities: One sub-net each; with a pattern of its own, its name, sparsity and pattern.
         steps: Optimizer steps of the whole run.
         optimizer: ``sgd`` (momentum) or ``adamw`` (with a short warm-up).
         learning_rate: At its highest.
         schedule: How it falls: ``cosine``, half of one over the run; ``late``, after `LATE` of the run, in a line.
         weight_decay: On all parameters.
         momentum: Of SGD; the first of AdamW's two decay rates.
-        options: Further settings of `ASTConfig`.
+        options: Further settings of `ASTConfig`; `method` may be a mapping with the class of an ``importance`` of
+            torch-pruning and a ``base``.
         mechanisms: Names of plugins with their arguments.
         joint: Whether every step trains all sub-nets, their gradients added up.
     """
 
     task: str
     seed: int
-    sparsities: tuple[float, ...]
+    sparsities: tuple[SubNet, ...]
     steps: int
     optimizer: str
     learning_rate: float
@@ -75,11 +79,25 @@ class Settings:
         """Return the settings as JSON keeps them."""
         return {**dataclasses.asdict(self), "sparsities": list(self.sparsities)}
 
+    def sub_nets(self) -> tuple[float | str | SubNetSpec, ...]:
+        """Return the sparsities as `ast_plugin.wrap` takes them."""
+        return tuple(
+            SubNetSpec(name=s[0], sparsity=s[1], pattern=s[2]) if isinstance(s, (tuple, list)) else s
+            for s in self.sparsities
+        )
+
     def ast_options(self) -> dict[str, Any]:
         """Return what `ast_plugin.wrap` is told beside sparsities, steps and seed."""
         options = dict(self.options)
         if isinstance(options.get("correction"), Mapping):
             options["correction"] = CorrectionOptions(**options["correction"])
+        if isinstance(options.get("method"), Mapping):
+            import torch_pruning
+
+            from ast_plugin.integrations.frameworks import from_importance
+
+            importance = getattr(torch_pruning.importance, options["method"]["importance"])()
+            options["method"] = from_importance(importance, base=options["method"]["base"])
         return options
 
     def learning_rate_at(self, step: int) -> float:
@@ -115,10 +133,10 @@ def _run_alternating(settings: Settings, task: Task, model: nn.Module, forks: Pa
     controller = ast_plugin.wrap(
         optimizer,
         model,
-        sparsities=settings.sparsities,
+        sparsities=settings.sub_nets(),
         total_steps=settings.steps,
         seed=settings.seed,
-        plugins=[*mechanisms, average],
+        plugins=[family, *mechanisms, average],
         example_inputs=task.batch(0, seed=0)[0][:1],
         **settings.ast_options(),
     )
@@ -126,19 +144,21 @@ def _run_alternating(settings: Settings, task: Task, model: nn.Module, forks: Pa
         mechanism.after_wrap(controller)
     model.train()
 
-    def step_on(batch: Batch, step: int) -> None:
+    def backward(batch: Batch, step: int) -> None:
         task.loss(model, batch).backward()
 
+    closure = controller.needs_closure
     fork, seconds, first = Fork.of(settings, forks), 0.0, 0
-    if fork is not None and AT_THE_END in settings.mechanisms and fork.path.exists():
+    shared = fork is not None and AT_THE_END in settings.mechanisms and fork.path.exists()
+    if fork is not None and shared:
         seconds, first = fork.load(model, optimizer), fork.step
     elif fork is not None:
-        seconds, first = _loop(settings, task, optimizer, step_on, range(fork.step)), fork.step
+        seconds, first = _loop(settings, task, optimizer, backward, range(fork.step), closure=closure), fork.step
         fork.save(model, optimizer, seconds)
-    seconds += _loop(settings, task, optimizer, step_on, range(first, settings.steps))
+    seconds += _loop(settings, task, optimizer, backward, range(first, settings.steps), closure=closure)
     statistics = controller.statistics()
     return {
-        "figures": readouts(controller, task, settings, average, mechanisms),
+        "figures": readouts(controller, task, settings, average, mechanisms, windows=() if shared else WINDOWS),
         "sparsity": {name: controller.masks.sparsity(name) for name in controller.sub_nets},
         "steps": {name: statistics["sub_nets"][name]["steps"] for name in controller.sub_nets},
         "conflicts": statistics["conflicts"] / statistics["checks"] if statistics["checks"] else None,
@@ -172,15 +192,25 @@ def _loop(
     optimizer: torch.optim.Optimizer,
     backward: Callable[[Batch, int], None],
     steps: Iterable[int],
+    *,
+    closure: bool = False,
 ) -> float:
     """Train; returns processor time, which does not depend on what else the machine does, as one thread computes."""
     started = time.process_time()
     for step in steps:
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(step) * group.get("rate", 1.0)
-        optimizer.zero_grad()
-        backward(task.batch(step, seed=settings.seed), step)
-        optimizer.step()
+        batch = task.batch(step, seed=settings.seed)
+
+        def clear_and_go_back(batch: Batch = batch, step: int = step) -> None:
+            optimizer.zero_grad()
+            backward(batch, step)
+
+        if closure:
+            optimizer.step(clear_and_go_back)
+        else:
+            clear_and_go_back()
+            optimizer.step()
     return time.process_time() - started
 
 
@@ -198,6 +228,8 @@ def readouts(
     settings: Settings,
     average: LateAverage,
     mechanisms: Sequence[object],
+    *,
+    windows: Sequence[float] = WINDOWS,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Return the figures by way of measuring, by sub-net, by measure. The model's weights are changed on the way."""
     model = controller.model

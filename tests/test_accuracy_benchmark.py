@@ -13,6 +13,7 @@ from torch import nn
 
 import ast_plugin
 from ast_plugin.hookspecs import hookimpl
+from ast_plugin.wrapping import settings_of
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 PAGE = BENCHMARKS.parent / "docs" / "evidence.md"
@@ -89,16 +90,23 @@ def test_changes_replace_settings_and_are_merged_into_options() -> None:
     assert Toy.defaults["options"] == {"end_step": 0.5, "update_interval": 0.1}
 
 
-@pytest.mark.parametrize("name", list(accuracy_rows.ROWS))
+def by_importance(name: str) -> bool:
+    """Tell whether a row's method is made with torch-pruning, which is in an extra."""
+    return isinstance(accuracy_rows.ROWS[name].changes.get("options", {}).get("method"), dict)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.extra("channels")) if by_importance(n) else n for n in accuracy_rows.ROWS],
+)
 def test_every_row_can_be_built(name: str) -> None:
     found = accuracy_rows.ROWS[name]
     assert found.table in accuracy_rows.TABLES
     assert found.reference in accuracy_rows.ROWS
     for task in found.tasks:
         for run in found.runs(task, 0):
-            ast_plugin.ASTConfig(
-                **{"sparsities": run.sparsities, "total_steps": run.steps, "seed": 0, **run.ast_options()}
-            )
+            settings = {"sparsities": run.sub_nets(), "total_steps": run.steps, "seed": 0, **run.ast_options()}
+            assert settings_of(None, settings).total_steps == run.steps
             for mechanism, argument in run.mechanisms.items():
                 assert mechanisms.build_mechanism(mechanism, argument, run) is not None
 
@@ -206,6 +214,27 @@ def test_joint_training_adds_up_the_gradients_of_all_sub_nets() -> None:
         task.loss(masked, batch).backward()
         wanted += masked[3].weight.grad * training.masks.get(sub_net, "3.weight")
     assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_both_ways_of_joint_training_are_the_same_while_masks_stay() -> None:
+    fixed = {**Toy.defaults["options"], "method": "static"}
+    ours = accuracy_runs.run(settings(options={**fixed, "alternation": "joint"}))
+    theirs = accuracy_runs.run(settings(options=fixed, joint=True))
+    assert ours["figures"]["final"] == theirs["figures"]["final"]
+    assert ours["steps"] == theirs["steps"] == {"s25": 60, "s50": 60, "s75": 60}
+    assert accuracy.passes(ours["settings"]) == accuracy.passes(theirs["settings"]) == 180
+
+
+def test_sub_nets_of_different_patterns_are_rows_too() -> None:
+    mixed = accuracy_rows.ROWS["mixed-pivot"]
+    (found,) = mixed.runs("digits", 0)
+    assert [str(getattr(s, "name", s)) for s in found.sub_nets()] == ["0.0", "0.9", "2:4", "c50"]
+    kept = {accuracy.key(found): entry(found, 10.0, **{"s0": 99.0, "s90": 98.0, "2:4": 97.0, "c50": 96.0})}
+    for base in accuracy_rows.ROWS["alternating"].runs("digits", 0):
+        kept[accuracy.key(base)] = entry(base, 10.0, s90=90.0)
+    shown = accuracy.table("digits", "mixed", [0], kept)
+    assert shown.columns == ("", "s0", "s90", "2:4", "c50", "passes", "time", "seeds")
+    assert shown.rows == ((mixed.text, "99.00", "98.00", "97.00", "96.00", "1.00", "1.00", "1"),)
 
 
 def controller(plugin: object, **options: Any) -> ast_plugin.AlternatingSparseTraining:

@@ -241,7 +241,7 @@ class ASTCallback(TrainerCallback):
                     optimizer=optimizer,
                     plugins=self._plugins,
                     keywords=self._keywords,
-                    known_method=self._method is not None,
+                    method=self._method,
                     closure=False,
                 )
             self._binding = Binding(trainer, self)
@@ -269,7 +269,9 @@ class ASTCallback(TrainerCallback):
                 f"{folder!r} has no {STATE}: it is a checkpoint without sub-nets; pass resume_plain=True to have them "
                 "start from its weights, or resume from another one"
             )
-        if folder is not None and found is not None:
+        # A checkpoint has an ordinary model's weights, and one that a method takes over is none before.
+        late = self._method is not None and self._method.take_over is not None
+        if folder is not None and found is not None and not late:
             ensure_weights(model, folder, found.weights)
         left = state.max_steps if found is not None else state.max_steps - state.global_step
         if left < 1:
@@ -290,7 +292,9 @@ class ASTCallback(TrainerCallback):
         example = functools.partial(example_inputs, trainer)
         ast = wrap(optimizer, model, outermost=called, plugins=self._plugins, example_inputs=example, **options)
         try:
-            if found is not None:
+            if folder is not None and found is not None:
+                if late:
+                    ensure_weights(model, folder, found.weights)
                 ast.load_state_dict(found.run)
             elif folder is not None:  # what was best had no sub-nets
                 state.best_metric = state.best_model_checkpoint = None
