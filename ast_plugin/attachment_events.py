@@ -8,6 +8,9 @@ from typing import Any, Protocol
 class TrainingEvents(Protocol):
     """What a controller is told, in the order of one training step."""
 
+    def check_allowed(self) -> None:
+        """Raise where the model must not be trained now: a part of it is about to be."""
+
     def before_forward(self, compiling: bool) -> None:
         """The model's forward is about to run, compiled or recorded if `compiling`."""
 

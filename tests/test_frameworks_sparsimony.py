@@ -239,6 +239,18 @@ def test_a_resumed_run_goes_on_bit_for_bit() -> None:
         assert_same(rest.optimizer.state_dict(), whole.optimizer.state_dict())
 
 
+def test_what_the_page_says_of_the_package_alone_is_so() -> None:
+    _, optimizer, sparsifier = prepared(SET, sparsity=0.8, interval=5)
+    for _ in range(2):
+        sparsifier.step()
+    with pytest.raises(AssertionError):
+        sparsifier.step()  # which it counts as the fifth
+    with pytest.raises(TypeError, match="takes 0 positional arguments"):
+        optimizer.step(lambda: torch.zeros(()))
+    with pytest.raises(AttributeError, match="__func__"):
+        torch.optim.lr_scheduler.StepLR(optimizer, 10)
+
+
 def test_sparsifiers_that_need_more_or_start_elsewhere_are_refused() -> None:
     sparsifier = prepared(grown_weights_init=0.1)[2]
     with pytest.raises(ConfigError, match=r"grown_weights_init=0\.1; here they start at zero"):

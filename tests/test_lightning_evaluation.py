@@ -75,7 +75,7 @@ def test_every_sub_net_is_validated_as_a_plain_network_of_its_weights(fitted: An
 
 
 def test_other_callbacks_see_one_validation_with_the_metrics_of_all(fitted: Any) -> None:
-    trainer, _, _, listening = fitted
+    _, _, _, listening = fitted
     sanity = ["start", "batch", "end"]
     assert listening.events == sanity + 2 * ["start", "batch", "batch", "end"]
     for metrics in listening.metrics[1:]:

@@ -177,5 +177,5 @@ def test_testing_a_checkpoint_takes_its_sub_nets_too(tmp_path: Path) -> None:
 def test_testing_a_checkpoint_without_a_fit_before_says_what_to_do(tmp_path: Path) -> None:
     fit(tmp_path, sparse(network="model"))
     trainer = trainer_of(tmp_path, sparse(network="model"))
-    with pytest.raises(StateError, match="ast_plugin.load"):
+    with pytest.raises(StateError, match=r"ast_plugin\.load"):
         trainer.test(Classifier(), data(2, first=50), ckpt_path=tmp_path / "step=3.ckpt", verbose=False)

@@ -151,6 +151,26 @@ def test_training_that_is_refused_raises_in_the_forward_pass_and_leaves_evaluati
     assert ast.step == 3
 
 
+def test_training_that_is_refused_raises_where_a_loop_calls_the_network_alone() -> None:
+    model = conv_net()
+    around = nn.Sequential(model, nn.LogSoftmax(dim=1))
+    optimizer = sgd(model)
+    ast = ast_plugin.wrap(optimizer, model, outermost=around, sparsities=(0.5, 0.9), method="static")
+    ast.refuse_training("not now")
+    for module in (model, around):
+        with pytest.raises(ast_plugin.ActivationError, match="not now"):
+            module(image_batch(0)[0])
+    with ast.sub_net("s90"):
+        model(image_batch(0)[0])  # to look at it
+    for module in (model.eval(), around.eval()):
+        module(image_batch(0)[0])
+    model.train()
+    ast.refuse_training(None)
+    around(image_batch(0)[0]).sum().backward()
+    optimizer.step()
+    assert ast.step == 1
+
+
 def test_gradients_are_those_of_the_masked_network() -> None:
     model, _, ast = wrapped(method="static", sparsities=(0.5,))
     plain = conv_net()

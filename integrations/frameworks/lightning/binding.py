@@ -7,15 +7,17 @@ LightningModule, whatever the step calls in it. So the run sees the beginning of
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ast_plugin.elastic_file import ELASTIC
 from ast_plugin.integrations.around import Around
-from ast_plugin.integrations.frameworks.lightning.evaluation import Evaluations
+from ast_plugin.integrations.frameworks.lightning.evaluation import Evaluations, logging_by
 from ast_plugin.integrations.frameworks.lightning.host import evaluation_loops, is_a, local_path
 
 if TYPE_CHECKING:
@@ -78,6 +80,28 @@ class Binding:
         """Give everything its own methods back."""
         self._around.remove()
 
+    def explore(self, batch: Any, batch_idx: int) -> None:
+        """Have the losses of the networks that the method has drawn for this step, where it draws any.
+
+        What the step logs meanwhile is left out.
+
+        Args:
+            batch: A training batch.
+            batch_idx: Its place in the epoch.
+        """
+        ast, module = self._run(), self.trainer.lightning_module
+        if ast is None or ast.sampler is None:
+            return
+        takes_place = "batch_idx" in inspect.signature(module.training_step).parameters
+        args = (batch, batch_idx) if takes_place else (batch,)
+
+        def loss() -> Any:
+            found = self.trainer.strategy.training_step(*args)
+            return found["loss"] if isinstance(found, Mapping) else found
+
+        with logging_by(module, torch.compiler.disable(_unheard)):
+            ast.explore(loss)
+
     def _run(self) -> AlternatingSparseTraining | None:
         """Return the run of the module that the Trainer has now: after a fit it may have been given another one."""
         ast, module = self._callback.ast, self.trainer.lightning_module
@@ -119,6 +143,7 @@ class Binding:
         # Sub-nets that are still on their way are of use to a run that goes on, and to nobody else.
         if place is not None and self.trainer.is_global_zero and ast.at_target:
             ast.save(elastic_beside(place))
+        self.trainer.strategy.barrier("elastic file")
         return result
 
     def _remove_checkpoint(self, method: Callable[..., Any], filepath: Any) -> Any:
@@ -127,6 +152,10 @@ class Binding:
         if place is not None and self.trainer.is_global_zero:
             elastic_beside(place).unlink(missing_ok=True)
         return result
+
+
+def _unheard(*_: Any, **__: Any) -> None:
+    """Log nothing."""
 
 
 def elastic_beside(checkpoint: Path) -> Path:

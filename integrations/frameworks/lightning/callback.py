@@ -12,7 +12,6 @@ import functools
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
@@ -30,6 +29,7 @@ from ast_plugin.integrations.frameworks.lightning.checks import (
 )
 from ast_plugin.integrations.frameworks.lightning.host import (
     example_inputs,
+    gives_closures,
     global_seed,
     local_path,
     pl,
@@ -41,6 +41,7 @@ from ast_plugin.integrations.timm.selection import TimmSelection
 from ast_plugin.integrations.transformers.selection import TransformersSelection
 from ast_plugin.methods import Method
 from ast_plugin.norm_layers import batch_norm_modules
+from ast_plugin.plugins_discovery import plugin_keywords
 from ast_plugin.preview import check_run
 from ast_plugin.training import AlternatingSparseTraining
 from ast_plugin.wrapping import ASTOptions, settings_of, wrap
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("ast_plugin.lightning")
 
 _RUN = "run"
+_DEV_RUN = 1000  # steps that a run is planned for of which Lightning makes a few, to see that everything works
 
 
 class ASTCallback(pl.Callback):
@@ -100,9 +102,10 @@ class ASTCallback(pl.Callback):
             raise ConfigError(f"network must be the name of an attribute, such as 'model', got {network!r}")
         self.ast: AlternatingSparseTraining | None = None
         self.step_module: StepModule | None = None
-        method = options.get("method")
+        given, self._keywords = plugin_keywords(options, ASTOptions.__annotations__)
+        method = given.get("method")
         self._method = method if isinstance(method, Method) else None
-        self._config = settings_of(config, dict(options))
+        self._config = settings_of(config, given)
         self._seeded = config is not None or "seed" in options
         self._network = network
         self._folder = folder
@@ -185,7 +188,9 @@ class ASTCallback(pl.Callback):
             network,
             optimizer=optimizer_of(trainer, network),
             plugins=self._plugins,
-            known_method=self._method is not None,
+            keywords=self._keywords,
+            method=self._method,
+            closure=gives_closures(trainer),
         )
         if trainer.ckpt_path is not None and self._loaded is None and not self._resume_plain:
             raise StateError(
@@ -207,6 +212,11 @@ class ASTCallback(pl.Callback):
             WrapError: As `wrap`.
         """
         self._begin(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Compute the losses that a method which draws masks at every step learns from."""
+        if self._binding is not None:
+            self._binding.explore(batch, batch_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log how sparse every sub-net is."""
@@ -275,10 +285,12 @@ class ASTCallback(pl.Callback):
             "alone; call unbind() on its ASTCallback first, or fit() with that callback to go on"
         )
         folder = self._folder
-        if folder is None and trainer.checkpoint_callbacks and not trainer.fast_dev_run:
+        if folder is None and trainer.checkpoint_callbacks:
             folder = trainer.log_dir or trainer.default_root_dir
-        if folder is not None and trainer.is_global_zero and local_path(folder) is not None:
-            write_sub_nets(ast, Path(str(local_path(folder))), host=pl.__name__.partition(".")[0])
+        place = None if folder is None or trainer.fast_dev_run else local_path(folder)
+        if place is not None and trainer.is_global_zero:
+            write_sub_nets(ast, place, host=pl.__name__.partition(".")[0])
+        trainer.strategy.barrier("elastic file")
 
     def _settings(self, **steps: int | None) -> ASTConfig:
         seed = {} if self._seeded else {"seed": global_seed() or 0}
@@ -296,7 +308,7 @@ class ASTCallback(pl.Callback):
                 config, state = self.ast.config, self.ast.state_dict()
             self.ast.detach()
             self.ast = None
-        options: dict[str, Any] = config.to_dict()
+        options: dict[str, Any] = {**config.to_dict(), **self._keywords}
         if self._method is not None:
             options["method"] = self._method
         called = StepModule(trainer.strategy.model) if module.automatic_optimization else None
@@ -324,16 +336,16 @@ class ASTCallback(pl.Callback):
         planned = planned_steps(trainer) if module.automatic_optimization else None
         wanted = self._config.total_steps
         if wanted is None and planned is None:
-            why = (
-                f"{type(module).__name__} steps its optimizers itself"
-                if not module.automatic_optimization
-                else "neither max_steps nor the length of the data says"
-            )
-            raise ConfigError(f"{why}, so Lightning cannot know how many steps a fit makes; give total_steps")
+            why = "its optimizers are stepped by hand"
+            if module.automatic_optimization:
+                why = "the data have no length and there is no max_steps, or accumulation changes with the epochs"
+            raise ConfigError(f"Lightning cannot know how many steps this fit makes: {why}; give total_steps")
         if None not in (wanted, planned) and wanted != planned:
             raise ConfigError(f"total_steps={wanted}, and the fit makes {planned}; leave it out, Lightning knows")
         total = wanted if planned is None else planned
         left = total if self._loaded is not None or total is None else total - trainer.global_step
+        if left is not None and trainer.fast_dev_run:
+            left = max(left, _DEV_RUN)
         if left is not None and left < 1:
             raise ConfigError(
                 f"no step is left to train sub-nets in: {trainer.global_step} of {total} are made; raise max_epochs or "

@@ -10,13 +10,14 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ast_plugin.integrations.frameworks.lightning.host import is_a
 from ast_plugin.training import AlternatingSparseTraining
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
 
 _DATALOADER = "/dataloader_idx_"
 _SEEN = "_seen_batches_per_dataloader"
@@ -113,7 +114,6 @@ class Evaluations:
         """Have the module log under the name of a sub-net; None stands for the default one, under both names."""
         module, default = self._trainer.lightning_module, self._ast.default_sub_net
         log = module.log
-        before = vars(module).get("log")
         logged: set[str] = set()
 
         def renamed(key: str, value: Any, *args: Any, **options: Any) -> None:
@@ -126,19 +126,35 @@ class Evaluations:
                     options[_PROG_BAR] = False
                 log(_named(key, default), value, *args, **options)
 
+        @torch.compiler.disable  # a compiled step would be compiled anew for each name
         def named(name: str, value: Tensor, *args: Any, **options: Any) -> None:
             renamed(name, value, *args, **options)
 
         self._logged = logged
-        vars(module)["log"] = named
         try:
-            yield
+            with logging_by(module, named):
+                yield
         finally:
             self._logged = None
-            if before is None:
-                del vars(module)["log"]
-            else:
-                vars(module)["log"] = before
+
+
+@contextlib.contextmanager
+def logging_by(module: LightningModule, log: Callable[..., None]) -> Iterator[None]:
+    """Have a LightningModule log by a function for the length of a block.
+
+    Args:
+        module: The module.
+        log: Called as its ``log`` is.
+    """
+    before = vars(module).get("log")
+    vars(module)["log"] = log
+    try:
+        yield
+    finally:
+        if before is None:
+            del vars(module)["log"]
+        else:
+            vars(module)["log"] = before
 
 
 def _named(metric: str, sub_net: str | None) -> str:

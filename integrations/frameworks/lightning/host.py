@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ast_plugin.errors import MissingExtraError
+from ast_plugin.channel_search import example_inputs_of
+from ast_plugin.errors import ConfigError, MissingExtraError
 from ast_plugin.random_state import RandomState
+from ast_plugin.slots import bare_model
 
 try:
     import lightning.pytorch as pl
@@ -68,12 +70,10 @@ def is_a(thing: object, kind: str) -> bool:
 
 def planned_steps(trainer: Trainer) -> int | None:
     """Return the optimizer steps of a whole fit, from its very beginning; None where Lightning cannot know them."""
-    try:
-        steps = trainer.estimated_stepping_batches
-    except Exception as error:
-        if not is_a(error, "MisconfigurationException"):  # accumulation that changes with the epochs
-            raise
-        return None
+    for callback in trainer.callbacks:
+        if is_a(callback, "GradientAccumulationScheduler") and len(set(callback.scheduling.values())) > 1:
+            return None  # of which Lightning's estimate knows nothing
+    steps = trainer.estimated_stepping_batches
     return int(steps) if 0 < steps < math.inf else None
 
 
@@ -81,6 +81,13 @@ def steps_per_epoch(trainer: Trainer) -> int | None:
     """Return the optimizer steps of an epoch, None if the data have no length."""
     batches = trainer.num_training_batches
     return max(math.ceil(batches / trainer.accumulate_grad_batches), 1) if batches < math.inf else None
+
+
+def gives_closures(trainer: Trainer) -> bool:
+    """Return whether the optimizer's step is given a closure that computes all of the step's gradients."""
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # which has them computed before the step
+    automatic = trainer.lightning_module.automatic_optimization
+    return automatic and not scaled and trainer.accumulate_grad_batches == 1
 
 
 def global_seed() -> int | None:
@@ -105,17 +112,26 @@ def local_path(path: str | os.PathLike[str]) -> Path | None:
 
 
 def example_inputs(module: LightningModule, network: nn.Module) -> Any:
-    """Return what the network is called with on the LightningModule's ``example_input_array``; None if it has none.
+    """Return what the network can be called with: its own example inputs, or those of the LightningModule.
 
-    Nothing is left of the call: generators and running statistics are as before.
+    Nothing is left of the call that tells what the network is called with: generators and modes are as before.
 
     Args:
         module: The LightningModule.
         network: It, or a module in it.
+
+    Raises:
+        ConfigError: If there are none.
     """
+    own = example_inputs_of(bare_model(network))
+    if own is not None:
+        return own
     example = module.example_input_array
     if example is None:
-        return None
+        raise ConfigError(
+            "channel sub-nets need an example of what the network is called with, to find out which channels belong "
+            f"together; set example_input_array of {type(module).__name__}, as in Lightning's own summary of shapes"
+        )
     example = module._apply_batch_transfer_handler(example)
     if network is module:
         return example
@@ -141,4 +157,9 @@ def example_inputs(module: LightningModule, network: nn.Module) -> Any:
         state.load_state_dict(before)
         for part, training in modes:
             part.training = training
-    return found[0] if found else None
+    if not found:
+        raise ConfigError(
+            f"forward() of {type(module).__name__} does not call its {type(network).__name__} on example_input_array; "
+            "have it do so, or leave network out"
+        )
+    return found[0]
