@@ -25,6 +25,10 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 NO_BACKWARD = -1
 _CALL = nn.Module.__call__.__code__
+_OUTSIDE = (  # what the compiler says where it may not leave the hooks out
+    "ast_plugin puts sub-nets on outside of graphs: with fullgraph=True compile the model before wrap(); to export a "
+    "sub-net use ast_plugin.export_graph.export_program"
+)
 
 _attached: weakref.WeakSet[object] = weakref.WeakSet()
 
@@ -258,7 +262,8 @@ def _idle(*_: Any, **__: Any) -> None:
 
 def _uncompiled(function: _F) -> _F:
     # Traced into a graph, the hook would run once instead of at every step, or be compiled anew at each.
-    disabled: _F = torch.compiler.disable(function)
+    known = inspect.signature(torch.compiler.disable).parameters
+    disabled: _F = torch.compiler.disable(function, **({"reason": _OUTSIDE} if "reason" in known else {}))  # torch 2.7
     return disabled
 
 

@@ -72,8 +72,8 @@ def find_groups(model: nn.Module, example_inputs: Any, *, prunable: Collection[s
 def example_inputs_of(model: nn.Module) -> Any | None:
     """Return example inputs that the model itself knows of: for `find_groups`, None if it knows none.
 
-    Understood are ``dummy_inputs`` (Hugging Face), ``example_input_array`` (Lightning) and the input size in
-    ``pretrained_cfg`` or ``default_cfg`` (timm).
+    Understood are ``dummy_inputs``, ``example_input_array`` and the input size in ``pretrained_cfg`` or
+    ``default_cfg``, under which libraries of networks and of training keep them.
     """
     for name in ("example_input_array", "dummy_inputs"):
         try:

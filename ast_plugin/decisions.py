@@ -43,8 +43,8 @@ class MaskDecisions:
         self._masks = masks
         self._spread = spread
 
-    def first(self, plan: SubNetPlan, sparsity: float, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the masks that a sub-net starts with.
+    def first(self, plan: SubNetPlan, sparsity: float, weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Return the masks that a sub-net starts with; None if the method leaves them to its scores.
 
         Args:
             plan: The sub-net's plan.
@@ -55,7 +55,8 @@ class MaskDecisions:
             PluginError: If the answer does not fit.
         """
         self._spread(plan, plan.target_sparsity, weights)  # a target that cannot be reached would show much later
-        return self._asked(plan, sparsity, -1, weights, None, drop_fraction=0.0, present=None)[0]
+        decided = self._asked(plan, sparsity, -1, weights, None, drop_fraction=0.0, present=None)
+        return None if decided is None else decided[0]
 
     def renewed(
         self,
@@ -66,8 +67,8 @@ class MaskDecisions:
         gradients: Mapping[str, Tensor] | None,
         *,
         drop_fraction: float,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the masks of a sub-net after its update, and which of their weights begin anew.
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """Return the masks of a sub-net after its update, and which of their weights begin anew; None as in `first`.
 
         Args:
             plan: The sub-net's plan.
@@ -93,7 +94,7 @@ class MaskDecisions:
         *,
         drop_fraction: float,
         present: Mapping[str, Tensor] | None,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
         inputs = MaskInputs(
             sub_net=plan.name,
             step=step,
@@ -106,6 +107,8 @@ class MaskDecisions:
             generator=seeded_generator(self._config.seed, plan.name, step, self._method.name),
         )
         answer = self._decide(inputs)
+        if answer is None:
+            return None
         decided = answer if isinstance(answer, MaskDecision) else MaskDecision(masks=answer)
         masks = self._checked("masks", decided.masks, complete=True)
         self._check(plan, sparsity, masks)
@@ -153,14 +156,17 @@ class MaskDecisions:
                 )
         total = self._masks.total()
         achieved = 1 - sum(kept.values()) / total
-        wanted = sparsity if plan.pattern.fixed_sparsity is None else self._reachable(plan, sparsity)
-        if abs(achieved - wanted) > FAR + 0.5 / total:
+        # In the course of a ramp a sub-net may be ahead of it.
+        wanted, last = (self._reachable(plan, asked) for asked in (sparsity, plan.target_sparsity))
+        if not min(wanted, last) - FAR <= round(achieved, 9) <= max(wanted, last) + FAR:
             raise PluginError(
                 f"{who} with a sparsity of {achieved:.4g}, and {wanted:.4g} was asked for; ask for a sparsity that it "
                 "can reach"
             )
 
     def _reachable(self, plan: SubNetPlan, sparsity: float) -> float:
+        if plan.pattern.fixed_sparsity is None:
+            return sparsity
         kept = sum(plan.pattern.kept_units(shape, sparsity) for shape in self._masks.shapes.values())
         return 1 - kept / self._masks.total()
 

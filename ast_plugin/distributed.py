@@ -29,6 +29,18 @@ def ranks(model: nn.Module | None = None) -> int:
     return int(distributed.get_world_size(_group(model)))
 
 
+def note_buffers(model: nn.Module) -> None:
+    """Have data-parallel modules around a model note its buffers anew: those that are gone cannot be broadcast."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model._assign_modules_buffers()
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return
+        model = inner
+
+
 def average_over_ranks(tensors: dict[str, Tensor], like: Mapping[str, Tensor], model: nn.Module | None = None) -> None:
     """Replace every tensor by its mean over all ranks, in place; does nothing in a single process.
 

@@ -9,20 +9,21 @@ from typing import Any
 import torch
 
 from ast_plugin.activation import Form
-from ast_plugin.attachment import NO_BACKWARD, current_backward, is_attached, is_running
+from ast_plugin.attachment import NO_BACKWARD, current_backward
+from ast_plugin.blocks import Blocks
 from ast_plugin.distributed import check_every_rank_goes_on
 from ast_plugin.errors import ActivationError
 from ast_plugin.exploration import Loss, losses_of
 from ast_plugin.parts import RunParts
 from ast_plugin.rewinding import Mark
 from ast_plugin.sharding import is_sharding_module
-from ast_plugin.sliced_routes import is_tracing
+from ast_plugin.sliced_routes import check_not_traced, is_tracing
 from ast_plugin.sliced_tensors import Small
 from ast_plugin.step import TrainingStep
 from ast_plugin.training_state import KEY, RunState
 
 
-class RunEvents:
+class RunEvents(Blocks):
     """Answers the hooks of `ast_plugin.attachment` for one run.
 
     Args:
@@ -31,17 +32,12 @@ class RunEvents:
         state: What travels in the optimizer's state dict.
 
     Attributes:
-        released: Whether the hooks are gone for good, so that the model may belong to another run.
         state_in_optimizer: Whether the optimizer's state dict carries the run's state.
         refused: Why the model must not be trained now; None if it may.
     """
 
     def __init__(self, parts: RunParts, step: TrainingStep, state: RunState) -> None:
-        self._parts = parts
-        self._step = step
-        self._state = state
-        self._chosen: list[str] = []
-        self.released = False
+        super().__init__(parts, step, state)
         self.state_in_optimizer = True
         self.refused: str | None = None
         self._exploring = self._passing = False
@@ -49,34 +45,13 @@ class RunEvents:
         self._passed_by: Small | None = None
         self._graphs = (0, 0)  # the episode that the last graphs were recorded in, and how many there are
 
-    @property
-    def chosen(self) -> str | None:
-        """The sub-net that the user chose last, None outside of `choose`."""
-        return self._chosen[-1] if self._chosen else None
-
-    @contextlib.contextmanager
-    def choose(self, name: str, form: Form = Form.SHOW) -> Iterator[None]:
-        """Put a sub-net on for the length of a block; the one before is back on afterwards."""
-        self._check_own()
-        with self._step.interrupted():
-            self._chosen.append(name)
-            try:
-                self._parts.activation.put_on(name, form)
-                yield
-            finally:
-                self._chosen.pop()
-                self._put_chosen_on()
-
     def explore(self, loss: Loss) -> None:
         """Have the losses of the masks that were drawn for the next step, where the method wants any."""
         parts, number = self._parts, self._step.number
         if self.released or self._exploring or not parts.sampled.wanted(number):
             return
         self.check_allowed()
-        if self._chosen:
-            raise ActivationError(
-                f"explore() was called inside `with sub_net({self.chosen!r})`; leave the block before training goes on"
-            )
+        self.refuse("explore()", "leave the block before training goes on")
         self._check_own()
         check_every_rank_goes_on(parts.model)
         self._step.mend()
@@ -93,17 +68,6 @@ class RunEvents:
         with self.choose(self._step.scheduled, Form.COMPUTE):
             yield
 
-    @contextlib.contextmanager
-    def at_rest(self) -> Iterator[None]:
-        """Have the model dense with the default's BatchNorm state for a moment, also inside `choose`."""
-        self._check_own()
-        with self._step.at_rest():
-            try:
-                yield
-            finally:
-                if self._chosen:
-                    self._put_chosen_on()
-
     def check_allowed(self) -> None:
         """Raise where the model must not be trained now; a chosen sub-net may be looked at all the same."""
         if self.refused is not None and not self._hands_off():
@@ -118,16 +82,19 @@ class RunEvents:
             activation.refresh(compiling=compiling)
         if self._hands_off():
             return
+        check_not_traced()
         if current_backward() != NO_BACKWARD:
             raise ActivationError(
                 "the wrapped model's forward runs for the first time inside backward, so its first pass ran without "
                 "gradients, as the default sub-net: the whole model is inside a reentrant checkpoint; pass "
                 "use_reentrant=False, or wrap the module around it"
             )
+        if self._is_training():
+            self.check_allowed()
+            self.refuse("the model in training mode", "leave the block, or call model.eval() first")
         self._running = True
         self._step.mend()
         if self._is_training():
-            self.check_allowed()
             self._check_sharding()
             check_every_rank_goes_on(self._parts.model)
             self._parts.sampled.begin(self._step.number)
@@ -192,11 +159,7 @@ class RunEvents:
 
     def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Update masks and correct gradients now, or after a closure has run its own forward and backward."""
-        if self._chosen:
-            raise ActivationError(
-                f"optimizer.step() was called inside `with sub_net({self.chosen!r})`; leave the block before training "
-                "goes on"
-            )
+        self.refuse("optimizer.step()", "leave the block before training goes on")
         self._parts.activation.deliver()
         self._parts.activation.take_off()
         passed_by, self._passed_by = self._passed_by, None
@@ -257,10 +220,10 @@ class RunEvents:
 
     def before_load(self) -> None:
         """Make the model dense; inside a block, what is loaded would be lost at its end."""
-        if self._chosen:
+        if self.block is not None:
             raise ActivationError(
-                f"a state dict is being loaded inside `with sub_net({self.chosen!r})`, at whose end the earlier "
-                "weights come back; leave the block first"
+                f"a state dict is being loaded inside `with {self.block}`, at whose end the earlier weights come back; "
+                "leave the block first"
             )
         if not self._is_inside_forward():
             self._step.settle()
@@ -328,23 +291,5 @@ class RunEvents:
                 "optimizer, then call wrap()"
             )
 
-    def _check_own(self) -> None:
-        if self.released and is_attached(self._parts.bare):
-            raise ActivationError(
-                "the model was wrapped anew after detach() of this run, and two runs cannot put sub-nets on it; use "
-                "the new run, or save() before detach()"
-            )
-
-    def _is_inside_forward(self) -> bool:
-        """Return whether a forward is going on that goes on with the sub-net which is on."""
-        parts = self._parts
-        return parts.activation.worn is not None and any(map(is_running, {parts.called, parts.model, parts.bare}))
-
     def _is_training(self) -> bool:
         return self._parts.bare.training and torch.is_grad_enabled()
-
-    def _put_chosen_on(self) -> None:
-        if self._chosen:
-            self._parts.activation.put_on(self._chosen[-1], Form.SHOW)
-        else:
-            self._parts.activation.take_off()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,9 @@ def read_value(flag: Flag, value: Any, spelled: Callable[[str], str]) -> Any:
     return [value] if flag.several and not isinstance(value, (list, tuple)) else value
 
 
-def read_flags(given: Mapping[str, Any], *, spelled: Callable[[str], str], extra: str) -> dict[str, Any]:
+def read_flags(
+    given: Mapping[str, Any], *, spelled: Callable[[str], str], extra: str, further: Collection[str] = ()
+) -> dict[str, Any]:
     """Return the settings that flags ask for, by the names of `ASTConfig`; not yet checked.
 
     Args:
@@ -155,12 +157,13 @@ def read_flags(given: Mapping[str, Any], *, spelled: Callable[[str], str], extra
             file that ``ast_config`` names, which is YAML or JSON.
         spelled: How the name of a flag is spelled where it was given.
         extra: The extra that brings a reader of YAML.
+        further: Names of settings of the host's own that the file may hold, too; they are returned as they stand there.
 
     Raises:
         ConfigError: If there are flags but no sparsities, or the file cannot be read or has an unknown setting.
         MissingExtraError: If the file is not JSON, and the package that reads YAML is not installed.
     """
-    options = _from_file(given[CONFIG], spelled(CONFIG), extra) if CONFIG in given else {}
+    options = _from_file(given[CONFIG], spelled(CONFIG), extra, further) if CONFIG in given else {}
     for flag in FLAGS:
         if flag.name in given:
             options[flag.setting] = read_value(flag, given[flag.name], spelled)
@@ -219,14 +222,14 @@ def _check_colon(place: str, setting: str, value: Any) -> None:
             )
 
 
-def _from_file(path: Any, flag: str, extra: str) -> dict[str, Any]:
+def _from_file(path: Any, flag: str, extra: str, further: Collection[str]) -> dict[str, Any]:
     if not isinstance(path, (str, os.PathLike)):
         raise ConfigError(f"{flag} must be the path of a file, got {path!r}")
     place = f"{flag} {os.fspath(path)}"
     values = _parsed(Path(path), place, extra)
     if not isinstance(values, dict):
         raise ConfigError(f"{place}: must hold settings by name, such as 'sparsities: [0.9, 0.95]'")
-    known = {field.name for field in dataclasses.fields(ASTConfig)}
+    known = {*(field.name for field in dataclasses.fields(ASTConfig)), *further}
     found = {}
     for name, value in values.items():
         if name not in known:

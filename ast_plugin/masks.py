@@ -8,6 +8,7 @@ they are remembered until the mask is replaced. In files and checkpoints a mask 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,22 @@ from torch import Tensor
 from ast_plugin.errors import ConfigError, StateError, near_names
 from ast_plugin.kept import POSITIONS_UP_TO
 from ast_plugin.mask_forms import BitMask, CutMask, HeldMask, as_mask, pack_bits, unpack_bits
+from ast_plugin.sub_nets import check_sub_net
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldMasks:
+    """All masks of a sub-net at a moment.
+
+    Attributes:
+        masks: By parameter name, in the form in which they are held.
+        kept: How many weights they keep, as far as it was counted.
+        units: What `MaskStore.note_units` was told of them; None for nothing.
+    """
+
+    masks: Mapping[str, HeldMask]
+    kept: Mapping[str, int]
+    units: Mapping[str, Tensor] | None
 
 
 class MaskStore:
@@ -96,6 +113,23 @@ class MaskStore:
         self._revisions[sub_net] += 1
         self._masks[sub_net] = {**present, **fresh}
         self._kept[sub_net].update(counts)
+
+    def held(self, sub_net: str) -> HeldMasks:
+        """Return the present masks of a sub-net as they are held, for `put_back`.
+
+        Raises:
+            ConfigError: If there is no such sub-net.
+        """
+        return HeldMasks(dict(self._of(sub_net)), dict(self._kept[sub_net]), self.units(sub_net))
+
+    def put_back(self, sub_net: str, held: HeldMasks) -> None:
+        """Have a sub-net keep what it kept when `held` was returned."""
+        self._kept[sub_net] = {}
+        self._revisions[sub_net] += 1
+        self._masks[sub_net] = dict(held.masks)
+        self._kept[sub_net].update(held.kept)
+        if held.units is not None:
+            self.note_units(sub_net, held.units)
 
     def move(self, sub_net: str, parameter: str, device: torch.device) -> None:
         """Move a mask to another device."""
@@ -237,10 +271,8 @@ class MaskStore:
         return digest.hexdigest()
 
     def _of(self, sub_net: str) -> dict[str, HeldMask]:
-        try:
-            return self._masks[sub_net]
-        except KeyError:
-            raise ConfigError(f"unknown sub-net {sub_net!r}: {near_names(str(sub_net), self.sub_nets)}") from None
+        check_sub_net(sub_net, self.sub_nets)
+        return self._masks[sub_net]
 
     def _wanted(self, parameter: str | None) -> tuple[str, ...]:
         if parameter is None:

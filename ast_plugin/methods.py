@@ -160,8 +160,8 @@ class Method:
         sampler: Makes what draws new masks at every step of a run and learns from their losses, in place of mask
             updates, whose scores then only make the masks before the first step. None: nothing does.
         decide: Decides all masks of a sub-net in one call, in place of the scores: the first ones and those of every
-            update. It answers with a decision or with the masks alone; they are checked, and taken as they are. The
-            scores serve the distribution alone, where it asks for any.
+            update. It answers with a decision or with the masks alone, which are checked, and taken as they are; or
+            with None to leave these masks to the scores.
         is_due: Whether a sub-net, trained at a step (from 0) and before that at another (None: never), has an update
             to make now; a pure function. None: the run's own calendar says so, with `update_interval`, `begin_step` and
             `end_step`, which have no meaning otherwise.
@@ -186,7 +186,7 @@ class Method:
     channel_score: ChannelScore | None = None
     needs_channels: bool = False
     sampler: Callable[[SamplerInputs], Sampler] | None = None
-    decide: Callable[[MaskInputs], MaskDecision | Mapping[str, Tensor]] | None = None
+    decide: Callable[[MaskInputs], MaskDecision | Mapping[str, Tensor] | None] | None = None
     is_due: Callable[[int, int | None], bool] | None = None
     take_over: Callable[[torch.optim.Optimizer, nn.Module], Callable[[], None]] | None = None
 

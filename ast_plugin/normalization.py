@@ -192,13 +192,13 @@ class PrivateNormalization:
         Where the model has DTensors, so has the state.
         """
         present = self.tensors()
-        named = zip(self.names, self._of(sub_net), present, strict=True)
+        named = zip(self.names, self.held(sub_net), present, strict=True)
         copies = {name: tensor.detach().to(like, copy=True) for name, tensor, like in named}
         for name, layout in self._layouts.items():
             copies[name] = layout.join(copies[name])
         return copies
 
-    def _of(self, sub_net: str) -> list[Tensor]:
+    def held(self, sub_net: str) -> list[Tensor]:
         """Return where the tensors of `sub_net` are now; its parameters are apart while any are handed over."""
         present, bank, count = self.tensors(), self._banks[sub_net], len(self._parameters)
         parameters = present if sub_net == (self.handed_over or self.carried) else bank
@@ -213,7 +213,7 @@ class PrivateNormalization:
             share: In [0, 1]. Counts are taken over.
         """
         other._finish()
-        own, others = self._of(sub_net), other._of(sub_net)
+        own, others = self.held(sub_net), other.held(sub_net)
         with torch.inference_mode(False), torch.no_grad():
             others = [theirs.to(mine.device, mine.dtype) for mine, theirs in zip(own, others, strict=True)]
             averaged = [tensor.is_floating_point() for tensor in own]
@@ -227,7 +227,7 @@ class PrivateNormalization:
     def load(self, sub_net: str, state: Mapping[str, Tensor]) -> None:
         """Set the private tensors of `sub_net` in place from `state`, which must hold all of `names`."""
         with torch.inference_mode(False), torch.no_grad():
-            for name, tensor in zip(self.names, self._of(sub_net), strict=True):
+            for name, tensor in zip(self.names, self.held(sub_net), strict=True):
                 tensor.copy_(self._part(name, state[name]))
 
     def _part(self, name: str, value: Tensor) -> Tensor:

@@ -74,6 +74,21 @@ def _is_compiled(module: nn.Module) -> bool:
     return "forward" in held and hasattr(held["forward"], "_torchdynamo_orig_callable")
 
 
+def check_not_traced() -> None:
+    """Refuse to put a sub-net on where the code at hand is recorded: what puts it on would be recorded too.
+
+    Raises:
+        ActivationError: If ``torch.export`` or ``torch.jit.trace`` records it.
+    """
+    if is_tracing():
+        raise ActivationError(
+            "a wrapped model cannot be exported or traced as it is: what puts a sub-net on would become a part of the "
+            "program; write one with ast_plugin.export_graph.export_program(ast, name, model, example_inputs, path) or "
+            "export_onnx(...), or trace inside `with ast.sub_net(name):`, and use and save the program there, because "
+            "it shares the model's tensors"
+        )
+
+
 def is_tracing() -> bool:
     """Return whether the code at hand is recorded, by ``torch.export`` or ``torch.jit.trace``."""
     exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7 and later

@@ -41,8 +41,8 @@ class ParameterSlots(Mapping[str, nn.Parameter]):
         if parameter is None:
             raise ActivationError(
                 f"parameter {name!r} is gone: it was a weight to prune when the model was wrapped, and is no parameter "
-                "now; call detach() before taking parameters away, and register parametrizations (weight_norm, "
-                "torch.nn.utils.prune) before wrap()"
+                "now; call detach() before taking parameters away, and register parametrizations (such as "
+                "weight_norm) before wrap()"
             )
         return parameter
 

@@ -33,13 +33,14 @@ from ast_plugin.sliced_routes import way_of
 from ast_plugin.step import TrainingStep
 from ast_plugin.sub_nets import check_sub_net
 from ast_plugin.training_state import RunState
-from ast_plugin.training_turns import TurnTakingRun
+from ast_plugin.training_versions import VersionedRun
 from ast_plugin.twins import Twin
+from ast_plugin.versions import LAST
 
 _AVERAGED = ("running_mean", "running_var")
 
 
-class AlternatingSparseTraining(TurnTakingRun):
+class AlternatingSparseTraining(VersionedRun):
     """One ordinary training run that yields several sparse sub-nets on shared weights.
 
     Made by `ast_plugin.wrap`; the training loop stays as it is. Everything here is safe to call between steps.
@@ -49,7 +50,6 @@ class AlternatingSparseTraining(TurnTakingRun):
         optimizer: The torch optimizer that the hooks are attached to.
         config: The settings of the run.
         masks: The masks of every sub-net.
-        metrics: What `add_report_metric` was told: by sub-net, by metric name.
     """
 
     def __init__(self, parts: RunParts) -> None:
@@ -57,10 +57,10 @@ class AlternatingSparseTraining(TurnTakingRun):
         self.optimizer: torch.optim.Optimizer = parts.optimizer
         self.config = parts.config
         self.masks = parts.masks
-        self.metrics: dict[str, dict[str, float]] = {name: {} for name in parts.names}
+        figures: dict[str, dict[str, dict[str, float]]] = {LAST: {name: {} for name in parts.names}}
         step = TrainingStep(parts, self)
-        state = RunState(parts, step, self.metrics)
-        super().__init__(parts, step, state, RunEvents(parts, step, state))
+        state = RunState(parts, step, figures)
+        super().__init__(parts, step, state, RunEvents(parts, step, state), figures)
         self._modes = OptimizerModes(parts, self._events.at_rest)
         self._attachment: Attachment | None = None
 
@@ -147,23 +147,6 @@ class AlternatingSparseTraining(TurnTakingRun):
             if self._parts.updater.plans[name].pattern.by_groups:
                 figures["dropped_channels"] = self._parts.updater.achieved(name)
         return summary
-
-    def add_report_metric(self, name: str, value: float, *, sub_net: str) -> None:
-        """Note a measured figure for the report and the elastic file.
-
-        Args:
-            name: What was measured, for example ``accuracy``.
-            value: The figure; a later one replaces an earlier one.
-            sub_net: The sub-net that it was measured on.
-
-        Raises:
-            ConfigError: If there is no such sub-net, or the value is no number.
-        """
-        check_sub_net(sub_net, self.sub_nets)
-        try:
-            self.metrics[sub_net][str(name)] = float(value)
-        except (TypeError, ValueError):
-            raise ConfigError(f"value of metric {name!r} must be a number, got {value!r}") from None
 
     def private_state(self, sub_net: str) -> dict[str, Tensor]:
         """Return copies of a sub-net's private BatchNorm tensors by their names in the bare model's state dict.
@@ -265,7 +248,7 @@ class AlternatingSparseTraining(TurnTakingRun):
         """
         if ranks(self.model) == 1:
             return
-        with self._events.at_rest():
+        with self._events.at_rest(own=False):
             for name in self.sub_nets:
                 state = self.private_state(name)
                 statistics = {key: tensor for key, tensor in state.items() if key.endswith(_AVERAGED)}

@@ -61,14 +61,6 @@ class ExtendedRun(SampledRun):
         """Whether the method makes mask updates: on its own calendar, and where `add_mask_updates` asks for more."""
         return self._parts.method.updates
 
-    def trained_at(self, step: int) -> tuple[str, ...]:
-        """Return the sub-nets that a step trains: one, or several where the alternation puts them into one step.
-
-        Args:
-            step: Optimizer step of the run, from 0; also one that has not come yet.
-        """
-        return self._step.sub_nets_at(step)
-
     def masks_by_score(
         self, name: str, scores: Mapping[str, Tensor], *, within: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:

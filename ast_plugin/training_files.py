@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from ast_plugin.checkpoint import Stateful, load_objects, save_objects
 from ast_plugin.distributed import is_first_rank, ranks
 from ast_plugin.elastic_file import write_elastic
-from ast_plugin.errors import ActivationError, ConfigError
+from ast_plugin.errors import ConfigError
 from ast_plugin.events import RunEvents
 from ast_plugin.parts import RunParts
 from ast_plugin.sharded_masks import ShardedMasks
@@ -23,6 +24,7 @@ from ast_plugin.sub_nets import check_sub_net
 from ast_plugin.training_exchange import with_fixed_entries, with_plain_entries
 from ast_plugin.training_state import RunState
 from ast_plugin.twins import Twin
+from ast_plugin.versions import LAST
 
 _FAR_FROM_TARGET = 0.01  # in sparsity: more than patterns with large units leave over
 
@@ -36,17 +38,18 @@ class SavedRun(abc.ABC):
         state: What travels in the optimizer's state dict.
         events: What happens at each event of the training loop.
 
-    Attributes:
-        metrics: Measured figures by sub-net, by name.
     """
-
-    metrics: dict[str, dict[str, float]]
 
     def __init__(self, parts: RunParts, step: TrainingStep, state: RunState, events: RunEvents) -> None:
         self._parts = parts
         self._step = step
         self._state = state
         self._events = events
+
+    @property
+    @abc.abstractmethod
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Measured figures by sub-net, by name."""
 
     @abc.abstractmethod
     def statistics(self) -> dict[str, Any]:
@@ -60,7 +63,7 @@ class SavedRun(abc.ABC):
         """Return the state of the run as tensors and plain containers, readable with ``weights_only=True``.
 
         It travels in ``optimizer.state_dict()`` by itself; call this to keep it elsewhere, or hand the controller to
-        what calls it: `torch.distributed.checkpoint`, Accelerate's ``register_for_checkpointing``. Where parameters are
+        what calls it: `torch.distributed.checkpoint`, a library's ``register_for_checkpointing``. Where parameters are
         sharded, this is a collective, and masks and reference gradient are DTensors.
 
         Args:
@@ -118,7 +121,14 @@ class SavedRun(abc.ABC):
         missing = abs(updater.reachable(sub_net) - updater.achieved(sub_net))
         return self._parts.sampled.is_final and missing <= _FAR_FROM_TARGET
 
-    def save(self, path: str | Path, *, report: Mapping[str, Any] | None = None, twin: Twin | None = None) -> None:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        report: Mapping[str, Any] | None = None,
+        twin: Twin | None = None,
+        version: str | None = None,
+    ) -> None:
         """Write all sub-nets into one elastic file, readable by `ast_plugin.load` and by any safetensors reader.
 
         Call it on one rank; where parameters are sharded, on all: they are gathered, and the first rank writes.
@@ -128,11 +138,15 @@ class SavedRun(abc.ABC):
             report: A report as plain containers to keep in the file's header.
             twin: What `AlternatingSparseTraining.twin` returned: its weights and BatchNorm are written instead of the
                 model's, without `metrics`, which were measured on the model.
+            version: Which of `versions` to write, with the metrics of that one; None: the one that is on, inside
+                ``with version(...)``, otherwise `preferred_version`, or with a twin the last one.
 
         Raises:
             SaveError: If the file cannot be written; an older file is still there then.
-            ConfigError: If `twin` is something else, or something in `report` cannot be stored.
-            ActivationError: If the twin is a sub-net now, inside its ``with sub_net(...)``.
+            ConfigError: If `twin` is something else, there is no such version, a twin is to be written as another
+                version than the last, or something in `report` cannot be stored.
+            ActivationError: If the twin is a sub-net now, inside its ``with sub_net(...)``, or tensors of the sub-nets
+                are no longer in the model.
 
         Warns:
             UserWarning: If a sub-net is far from its target, because its mask schedule has not ended.
@@ -142,6 +156,20 @@ class SavedRun(abc.ABC):
                 f"twin must be what twin() of this controller returned, got {type(twin).__name__}; pass "
                 "twin=ast.twin(model)"
             )
+        versions = self._events.versions
+        written = version
+        if written is None:
+            written = versions.open or (versions.preferred if twin is None else LAST)
+        versions.check(written)
+        if twin is not None and (written != LAST or versions.on != LAST):
+            raise ConfigError(
+                f"a twin has the masks of the last version, and version {written!r} was asked for; leave out twin or "
+                "version, and the block of another version"
+            )
+        with contextlib.nullcontext() if written == versions.on else self._events.version(written):
+            self._write(Path(path), report, twin)
+
+    def _write(self, path: Path, report: Mapping[str, Any] | None, twin: Twin | None) -> None:
         now = self._step.number
         for name, plan in self._parts.updater.plans.items():
             if not self.is_near_target(name):
@@ -149,7 +177,7 @@ class SavedRun(abc.ABC):
                     f"sub-net {name!r} is saved with sparsity {self._parts.updater.achieved(name):.3f}; its target is "
                     f"{plan.target_sparsity:.3f}, which the masks reach at step {plan.calendar.end} (now {now})"
                     + ("; call finish() when the run is over" if now >= plan.calendar.end else ""),
-                    stacklevel=2,
+                    stacklevel=3,
                 )
         header: dict[str, Any] = {
             "config": self._parts.config.to_dict(),
@@ -163,17 +191,21 @@ class SavedRun(abc.ABC):
             "history": self._parts.statistics.history(),
             "step": self._step.number,
         }
+        if self._events.versions.on != LAST:
+            header["version"] = self._events.versions.on
         if self._parts.groups is not None:
             header["channel_groups"] = [group.to_dict() for group in self._parts.groups.groups]
         if report is not None:
             header["report"] = dict(report)
-        with self._events.at_rest():
+        if twin is None:
+            self._parts.activation.check_tensors()
+        with self._events.at_rest(own=False):
             state = self._parts.bare.state_dict() if twin is None else twin.dense_state()
             masks, private = self._parts.masks, {name: (twin or self).private_state(name) for name in self._parts.names}
             if isinstance(masks, ShardedMasks):
                 state, private, masks = gathered(state), gathered(private), masks.gathered()
             if masks is self._parts.masks or is_first_rank(self._parts.model):
-                write_elastic(Path(path), state=state, masks=masks, private=private, header=header)
+                write_elastic(path, state=state, masks=masks, private=private, header=header)
 
     def save_checkpoint(self, path: str | Path, *, random_state: bool = True, **extra: Any) -> None:
         """Write everything that goes on from here: model, optimizer with the state of the run, and what else is given.
@@ -220,10 +252,7 @@ class SavedRun(abc.ABC):
         return load_objects(path, self._checkpointed(), objects, random_state=random_state)
 
     def _refuse_in_block(self, call: str) -> None:
-        if self._events.chosen:
-            raise ActivationError(
-                f"{call} was called inside `with sub_net({self._events.chosen!r})`; leave the block first"
-            )
+        self._events.refuse(call)
 
     def _checkpointed(self) -> dict[str, Any]:
         if self._parts.sharded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -25,15 +26,19 @@ class PluginStates:
     def __init__(self, plugins: Mapping[str, Any]) -> None:
         self._plugins = plugins
 
-    def collect(self) -> dict[str, Any]:
+    def collect(self, *, copied: bool = False) -> dict[str, Any]:
         """Return an entry for the state of the run; an empty mapping where no plugin has a state.
+
+        Args:
+            copied: Whether to copy it.
 
         Raises:
             PluginError: If a plugin fails, or returns something else than tensors and plain containers.
         """
         if not self._plugins:
             return {}
-        return {KEY: {name: self._state_of(name, plugin) for name, plugin in self._plugins.items()}}
+        states = {name: self._state_of(name, plugin) for name, plugin in self._plugins.items()}
+        return {KEY: copy.deepcopy(states) if copied else states}
 
     def check(self, state: Mapping[str, Any]) -> list[str]:
         """Refuse a saved state of the run that does not fit a plugin; nothing is changed.

@@ -20,12 +20,15 @@ from ast_plugin.sharded_masks import ShardedMasks
 from ast_plugin.sharding import full, gathered, is_sharded, local_part
 from ast_plugin.statistics import Statistics
 from ast_plugin.training_plugins import PluginStates, warn_of_left_out
+from ast_plugin.versions import LAST
 
 if TYPE_CHECKING:
     from ast_plugin.step import TrainingStep
 
 KEY = "ast_plugin"
 FORMAT = 2
+
+_VERSIONS = "version_metrics"
 
 
 class RunState:
@@ -34,20 +37,22 @@ class RunState:
     Args:
         parts: The run's components.
         step: Its step counter.
-        metrics: Measured figures by sub-net; changed in place by `restore`.
+        metrics: Measured figures by version, by sub-net; changed in place by `restore`.
 
     Attributes:
         restored: Whether the run goes on from a saved state.
         cut_short: Whether that was saved in the middle of a longer run, at the step where this one ends.
+        copies: Whether what plugins keep is copied for the moment, because it will not stay as it is now.
     """
 
-    def __init__(self, parts: RunParts, step: TrainingStep, metrics: dict[str, dict[str, float]]) -> None:
+    def __init__(self, parts: RunParts, step: TrainingStep, metrics: dict[str, dict[str, dict[str, float]]]) -> None:
         self._parts = parts
         self._step = step
         self._metrics = metrics
         self._plugins = PluginStates(parts.registry.stateful())
         self.restored = False
         self.cut_short = False
+        self.copies = False
 
     def collect(self, *, whole: bool = False) -> dict[str, Any]:
         """Return the state of the run at rest: plain containers and tensors; masks packed, eight weights a byte.
@@ -71,10 +76,11 @@ class RunState:
             "normalization": gathered(normalization) if whole else normalization,
             "reference": gathered(reference) if whole else reference,
             "statistics": parts.statistics.state_dict(),
-            "metrics": {name: dict(figures) for name, figures in self._metrics.items()},
+            "metrics": {name: dict(figures) for name, figures in self._metrics[LAST].items()},
             "config": parts.config.to_dict(),
             **parts.sampled.state_dict(),
-            **self._plugins.collect(),
+            **self._plugins.collect(copied=self.copies),
+            **self._metrics_of_versions(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -104,7 +110,11 @@ class RunState:
             statistics = Statistics(parts.names, window=1)
             statistics.load_state_dict(state["statistics"])
             number, last_steps = int(state["step"]), {name: state["last_steps"][name] for name in parts.names}
-            metrics = {name: dict(state["metrics"].get(name, {})) for name in parts.names}
+            metrics = {LAST: state["metrics"], **state.get(_VERSIONS, {})}
+            metrics = {
+                version: {name: dict(figures.get(name, {})) for name in parts.names}
+                for version, figures in metrics.items()
+            }
             parts.sampled.check_state(state)
             left_out = self._plugins.check(state)
             changed = _changed(state["config"], parts.config.to_dict())
@@ -128,10 +138,16 @@ class RunState:
         parts.reference.load_state_dict(self._parts_of_reference(state["reference"]))
         parts.statistics.load_state_dict(state["statistics"])
         parts.sampled.load_state_dict(state)
+        self._metrics.clear()
         self._metrics.update(metrics)
         self.restored = True
         self.cut_short = number == parts.config.total_steps != state["config"].get("total_steps")
         self._step.restore(number, last_steps)
+
+    def _metrics_of_versions(self) -> dict[str, Any]:
+        others = {version: figures for version, figures in self._metrics.items() if version != LAST}
+        found = {version: {name: dict(named) for name, named in figures.items()} for version, figures in others.items()}
+        return {_VERSIONS: found} if found else {}
 
     def _reference(self) -> dict[str, Any]:
         """Return the reference; where parameters are sharded, as whole gradients of which every rank has a part."""
@@ -250,7 +266,9 @@ def _check_reference(reference: Mapping[str, Any], masks: MaskStore) -> None:
     elif coming in masks.sub_nets:
         shapes = {name: (masks.kept(coming, name),) for name in masks.parameters}
     else:
-        raise StateError(f"the saved state has a reference for the unknown sub-net {coming!r}; load another checkpoint")
+        raise StateError(
+            f"the saved state has a reference for {coming!r}, which is no sub-net of this run; load another checkpoint"
+        )
     _check_tensors("reference gradient", reference["gradients"], shapes)
 
 

@@ -182,8 +182,9 @@ class MaskUpdater:
         """
         for plan in sorted(self.plans.values(), key=lambda plan: plan.target_sparsity):  # nested ones, densest first
             sparsity = self._initial_sparsity(plan)
-            if self._decisions is not None:
-                self.masks.replace(plan.name, self._decisions.first(plan, sparsity, weights))
+            decided = None if self._decisions is None else self._decisions.first(plan, sparsity, weights)
+            if decided is not None:
+                self.masks.replace(plan.name, decided)
             elif self._channels is not None and plan.pattern.by_groups:
                 self.masks.replace(plan.name, self._channels.masks(self._channels.first(plan, sparsity, weights)))
             else:
@@ -216,8 +217,9 @@ class MaskUpdater:
             if self._channels is not None and plan.pattern.by_groups:
                 units = self._channels.renewed(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
                 return self._replace_units(self._channels, plan, units, sparsity)
-            if self._decisions is not None:
-                masks, grown = self._decisions.renewed(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
+            decided = self._decided(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
+            if decided is not None:
+                masks, grown = decided
             else:
                 masks = self._weights.renewed(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
                 grown = self._grown(sub_net, masks)
@@ -234,16 +236,31 @@ class MaskUpdater:
         """
         plan = self.plans[sub_net]
         target = plan.target_sparsity
-        if self._decisions is not None:
-            if self._initial_sparsity(plan) < target:  # otherwise the last update was for the target, too
-                masks, _ = self._decisions.renewed(plan, target, step, weights, None, drop_fraction=0.0)
-                self.masks.replace(sub_net, masks)
+        ramped = self._initial_sparsity(plan) < target  # otherwise the last update was for the target, too
+        decided = self._decided(plan, target, step, weights, None, drop_fraction=0.0) if ramped else None
+        if decided is not None:
+            self.masks.replace(sub_net, decided[0])
         elif self.method.reselect:
             if self._channels is not None and plan.pattern.by_groups:
                 units = self._channels.renewed(plan, target, step, weights, None, drop_fraction=0)
                 return self._replace_units(self._channels, plan, units, target)
             self.masks.replace(sub_net, self._weights.selected(plan, target, step, weights))
         return MaskUpdate(sub_net=sub_net, target=target, achieved=self.achieved(sub_net), grown={})
+
+    def _decided(
+        self,
+        plan: SubNetPlan,
+        sparsity: float,
+        step: int,
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor] | None,
+        *,
+        drop_fraction: float,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """Return the masks that the method decides, and what of them begins anew; None if it leaves them to scores."""
+        if self._decisions is None:
+            return None
+        return self._decisions.renewed(plan, sparsity, step, weights, gradients, drop_fraction=drop_fraction)
 
     def _grown(self, sub_net: str, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what `masks` keep and the present ones do not, where there is any."""

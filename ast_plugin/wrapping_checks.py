@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from ast_plugin.alternation import Alternation, trains_several
 from ast_plugin.attachment import is_attached
+from ast_plugin.distributed import note_buffers
 from ast_plugin.errors import ConfigError, SelectionError, WrapError
 from ast_plugin.methods import Method
 from ast_plugin.optimizers import refusal_of, trained_by
@@ -51,12 +52,16 @@ def check_kind(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 @contextlib.contextmanager
 def taken_over(method: Method, optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[None]:
     """Have a method take over model and optimizer (`Method.take_over`), and undo it if the block fails."""
-    undo = None if method.take_over is None else method.take_over(optimizer, bare_model(model))
+    if method.take_over is None:
+        yield
+        return
+    undo = method.take_over(optimizer, bare_model(model))
     try:
+        note_buffers(model)
         yield
     except BaseException:
-        if undo is not None:
-            undo()
+        undo()
+        note_buffers(model)
         raise
 
 

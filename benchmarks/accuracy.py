@@ -11,6 +11,7 @@ mean of these differences with its standard error, and mark those that a t test 
     python benchmarks/accuracy.py --task digits
     python benchmarks/accuracy.py --task bytes --rows alternating separate correction-off --seeds 2
     python benchmarks/accuracy.py --no-runs --markdown docs/evidence.md
+    python benchmarks/accuracy.py --task digits --forks FOLDER --rows granet-3 granet-3-tk
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import multiprocessing
 import re
@@ -111,7 +113,8 @@ def outcome(row: Row, task: str, seed: int, results: Results, steps: int | None 
 
 def passes(settings: Mapping[str, Any]) -> int:
     """Return how many forward and backward passes a run makes."""
-    return int(settings["steps"]) * (len(settings["sparsities"]) if settings["joint"] else 1)
+    together = settings["joint"] or settings["options"].get("alternation") == "joint"
+    return int(settings["steps"]) * (len(settings["sparsities"]) if together else 1)
 
 
 def _reference_seconds(task: str, results: Results, steps: int | None) -> float | None:
@@ -148,7 +151,8 @@ def table(task: str, name: str, seeds: Sequence[int], results: Results, steps: i
         steps: Of the reference run; None takes the task's.
     """
     measure = next(iter(TASKS[task].measures))
-    names = [sparsity_name(s) for s in TABLES[name].sparsities or TASKS[task].defaults["sparsities"]]
+    sub_nets = TABLES[name].sparsities or TASKS[task].defaults["sparsities"]
+    names = [s if isinstance(s, str) else s[0] if isinstance(s, tuple) else sparsity_name(s) for s in sub_nets]
     absolute, decimals = TABLES[name].absolute, TASKS[task].decimals
     lines = []
     for row in ROWS.values():
@@ -216,6 +220,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="of the alternating run, for a quick trial")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, one thread each (default: 1)")
     parser.add_argument("--output", type=Path, default=RESULTS, help=f"JSON file (default: {RESULTS.name})")
+    parser.add_argument(
+        "--forks", type=Path, metavar="FOLDER", help="keep states there, from which runs with sup-tickets go on"
+    )
     parser.add_argument("--no-runs", action="store_true", help="only show what is on file")
     parser.add_argument("--markdown", type=Path, metavar="PAGE", help="renew the tables of this page")
     args = parser.parse_args(argv)
@@ -234,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         done = read(args.output)
         missing = list({key(settings): settings for settings in wanted if key(settings) not in done}.values())
         try:
-            _run_all(missing, args.processes, args.output)
+            _run_all(missing, args.processes, args.output, args.forks)
         except KeyboardInterrupt:
             print(f"\nStopped; what is done is in {args.output}, the same command goes on.", file=sys.stderr)
             return 130
@@ -248,8 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run_all(missing: Sequence[Settings], processes: int, output: Path) -> None:
-    for number, result in enumerate(_results(missing, processes), start=1):
+def _run_all(missing: Sequence[Settings], processes: int, output: Path, forks: Path | None) -> None:
+    for number, result in enumerate(_results(missing, processes, forks), start=1):
         store(output, result)
         settings = result["settings"]
         measure = next(iter(TASKS[settings["task"]].measures))
@@ -261,15 +268,16 @@ def _run_all(missing: Sequence[Settings], processes: int, output: Path) -> None:
         )
 
 
-def _results(missing: Sequence[Settings], processes: int) -> Iterator[dict[str, Any]]:
+def _results(missing: Sequence[Settings], processes: int, forks: Path | None) -> Iterator[dict[str, Any]]:
     """Yield what the runs come to as they end."""
+    run_one = functools.partial(run, forks=forks)
     if processes == 1:
-        yield from map(run, missing)
+        yield from map(run_one, missing)
         return
     # spawn: a forked process would inherit torch's threads in a state that it cannot use. Ctrl-C is for this process.
     context = multiprocessing.get_context("spawn")
     with context.Pool(processes, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        yield from pool.imap_unordered(run, missing)
+        yield from pool.imap_unordered(run_one, missing)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from accuracy_gradients import AveragedReference, OwnerScaling, SharedBackward, SparsestOwns
 from ast_plugin.hookspecs import AlternationRecord, hookimpl
+from ast_plugin.integrations.family import SupTickets
 from ast_plugin.training import AlternatingSparseTraining
 
 if TYPE_CHECKING:
@@ -199,6 +200,7 @@ _BUILDERS: Mapping[str, Callable[[Any, Settings], object]] = {
     "split": lambda share, settings: PrivateParameters(["*"], round(share * settings.steps)),
     "sparsest_owns": lambda argument, settings: SparsestOwns(round(argument[0] * settings.steps), argument[1]),
     "rates": lambda factors, settings: SubNetRates(factors),
+    "sup_tickets": lambda arguments, settings: SupTickets(**arguments),
 }
 
 

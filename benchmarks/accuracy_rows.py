@@ -2,82 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
 from typing import Any
 
-from accuracy_runs import AVERAGE, FINAL, RECALIBRATED, Settings
-from accuracy_tasks import TASKS
+from accuracy_row import ALTERNATING, Row, Table
+from accuracy_row import options as _options
+from accuracy_rows_mixed import MIXED, WITH_DENSE
+from accuracy_rows_tickets import rows_of_tickets
+from accuracy_runs import AVERAGE, RECALIBRATED
 
-ALTERNATING = "alternating"
 SEPARATE = "separate"
 SHARE = "separate-share"
 DENSE = "dense"
 CHANNELS = (0.5, 0.75, 0.9)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of a table.
-
-    Attributes:
-        name: How it is asked for.
-        text: What it is, for the table.
-        table: The table that it belongs to.
-        changes: What differs from the task's reference run, by names of `Settings`; mappings are merged.
-        alone: Whether every sub-net is trained in a run of its own.
-        share: Which share of the reference run's steps each run makes; None: one in as many as there are sub-nets.
-        readout: How its runs are measured.
-        tasks: Where it makes sense.
-        reference: The row that differences are taken from.
-    """
-
-    name: str
-    text: str
-    table: str
-    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    alone: bool = False
-    share: float | None = 1.0
-    readout: str = FINAL
-    tasks: tuple[str, ...] = tuple(TASKS)
-    reference: str = ALTERNATING
-
-    def runs(self, task: str, seed: int, *, steps: int | None = None) -> Iterator[Settings]:
-        """Yield the settings of the row's runs for one seed.
-
-        Args:
-            task: Name of the task.
-            seed: The seed.
-            steps: Of the reference run; None takes the task's.
-        """
-        values: dict[str, Any] = dict(TASKS[task].defaults)
-        for key, value in self.changes.items():
-            if key == "learning_rate_times":
-                values["learning_rate"] = values["learning_rate"] * value
-            elif key == "weight_decay_times":
-                values["weight_decay"] = values["weight_decay"] * value
-            else:
-                values[key] = {**values.get(key, {}), **value} if isinstance(value, Mapping) else value
-        sparsities = values["sparsities"]
-        share = self.share if self.share is not None else 1 / len(sparsities)
-        values["steps"] = round((steps or values["steps"]) * share)
-        for chosen in [(s,) for s in sparsities] if self.alone else [sparsities]:
-            yield Settings(task=task, seed=seed, **{**values, "sparsities": chosen})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table of rows.
-
-    Attributes:
-        title: With ``{measure}`` for the figure shown.
-        absolute: Whether it shows the figures themselves, not differences from each row's reference.
-        sparsities: Of the sub-nets that it shows; None: the task's.
-    """
-
-    title: str
-    absolute: bool
-    sparsities: tuple[float, ...] | None = None
 
 
 TABLES = {
@@ -91,11 +27,14 @@ TABLES = {
         absolute=True,
         sparsities=CHANNELS,
     ),
+    "tickets": Table(title="{measure}: mean ± standard deviation over the seeds", absolute=True),
+    "ticket_gains": Table(title="{measure}: difference from the same run without cycles", absolute=False),
+    "mixed": Table(
+        title="{measure} of sub-nets with different patterns: mean ± standard deviation over the seeds",
+        absolute=True,
+        sparsities=WITH_DENSE,
+    ),
 }
-
-
-def _options(**options: Any) -> dict[str, Any]:
-    return {"options": options}
 
 
 def _cycle(*stages: tuple[float, tuple[int, ...]]) -> dict[str, Any]:
@@ -109,6 +48,11 @@ def _hook(**mechanism: Any) -> dict[str, Any]:
 
 def _channels(**options: Any) -> dict[str, Any]:
     return {"sparsities": CHANNELS, "options": {"pattern": "channel", **options}}
+
+
+def _importance(kind: str, base: str = "granet", **options: Any) -> dict[str, Any]:
+    """Return changes by which an importance of torch-pruning scores the channels."""
+    return _channels(method={"importance": kind, "base": base}, **options)
 
 
 _SPARSEST_FIRST = _cycle((0, (2,)), (0.2, (2, 1)), (0.35, (2, 1, 0)))
@@ -322,6 +266,42 @@ _LIST = (
         changes=_channels(),
         text="trained separately, a third of the steps each",
     ),
+    *(
+        Row(
+            name=name,
+            table="mixed",
+            text=text,
+            changes={"sparsities": sub_nets, **_options(**options)},
+            tasks=("digits",),
+            **fields,
+        )
+        for name, (text, sub_nets, options, fields) in MIXED.items()
+    ),
+    Row(
+        name="channels-taylor",
+        table="channels",
+        changes=_importance("TaylorImportance"),
+        text="granet, channels by torch-pruning's Taylor importance",
+    ),
+    Row(
+        name="channels-taylor-gmp",
+        table="channels",
+        changes=_importance("TaylorImportance", "gmp"),
+        text="gmp, channels by torch-pruning's Taylor importance",
+    ),
+    Row(
+        name="channels-importance",
+        table="channels",
+        changes=_importance("MagnitudeImportance"),
+        text="granet, channels by torch-pruning's magnitude importance",
+    ),
+    Row(
+        name="channels-lamp-global",
+        table="channels",
+        changes=_importance("LAMPImportance", distribution="global"),
+        text="granet, channels by torch-pruning's LAMP importance, one threshold over all groups",
+    ),
 )
 
-ROWS: dict[str, Row] = {row.name: row for row in _LIST}
+
+ROWS: dict[str, Row] = {row.name: row for row in (*_LIST, *rows_of_tickets())}

@@ -2,8 +2,9 @@
 
 The loop is that of an ordinary script. What is tried beyond the settings of `ast_plugin` comes in as plugins
 (`accuracy_mechanisms.py`). A run is measured in several ways at its end, which cost next to nothing: as it is, with
-BatchNorm statistics estimated anew, and with the weights averaged over its last steps. Averaging does not touch the
-training, so one run serves all of these rows, for separate training as well as for alternating.
+BatchNorm statistics estimated anew, and with the weights averaged over its last steps; with sup-tickets also as its
+superposed sub-nets. Averaging does not touch the training, so one run serves all of these rows, for separate training
+as well as for alternating.
 """
 
 from __future__ import annotations
@@ -12,22 +13,29 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 import ast_plugin
+from accuracy_forks import AT_THE_END, Fork
 from accuracy_gradients import SharedBackward
 from accuracy_joint import JointTraining
 from accuracy_mechanisms import LateAverage, PrivateParameters, build_mechanism
 from accuracy_tasks import TASKS, Batch, Task
 from ast_plugin.config import CorrectionOptions
+from ast_plugin.integrations.family import plugin as family
+from ast_plugin.sub_nets import SubNetSpec
 from ast_plugin.training import AlternatingSparseTraining
 
 FINAL = "final"
 RECALIBRATED = "recalibrated"
 AVERAGE = "average 0.2"
+SUPERPOSED = "superposed"
+SUPERPOSED_RECALIBRATED = "superposed, recalibrated"
+SubNet = float | str | tuple[str, float, str]
 WINDOWS = (0.2,)
 RECALIBRATION_BATCHES = 16
 WARMUP_STEPS = 50
@@ -41,21 +49,22 @@ class Settings:
     Attributes:
         task: Name of the task.
         seed: Of the initial weights, the batches and the masks.
-        sparsities: One sub-net each.
+        sparsities: One sub-net each; with a pattern of its own, its name, sparsity and pattern.
         steps: Optimizer steps of the whole run.
         optimizer: ``sgd`` (momentum) or ``adamw`` (with a short warm-up).
         learning_rate: At its highest.
         schedule: How it falls: ``cosine``, half of one over the run; ``late``, after `LATE` of the run, in a line.
         weight_decay: On all parameters.
         momentum: Of SGD; the first of AdamW's two decay rates.
-        options: Further settings of `ASTConfig`.
+        options: Further settings of `ASTConfig`; `method` may be a mapping with the class of an ``importance`` of
+            torch-pruning and a ``base``.
         mechanisms: Names of plugins with their arguments.
         joint: Whether every step trains all sub-nets, their gradients added up.
     """
 
     task: str
     seed: int
-    sparsities: tuple[float, ...]
+    sparsities: tuple[SubNet, ...]
     steps: int
     optimizer: str
     learning_rate: float
@@ -70,11 +79,25 @@ class Settings:
         """Return the settings as JSON keeps them."""
         return {**dataclasses.asdict(self), "sparsities": list(self.sparsities)}
 
+    def sub_nets(self) -> tuple[float | str | SubNetSpec, ...]:
+        """Return the sparsities as `ast_plugin.wrap` takes them."""
+        return tuple(
+            SubNetSpec(name=s[0], sparsity=s[1], pattern=s[2]) if isinstance(s, (tuple, list)) else s
+            for s in self.sparsities
+        )
+
     def ast_options(self) -> dict[str, Any]:
         """Return what `ast_plugin.wrap` is told beside sparsities, steps and seed."""
         options = dict(self.options)
         if isinstance(options.get("correction"), Mapping):
             options["correction"] = CorrectionOptions(**options["correction"])
+        if isinstance(options.get("method"), Mapping):
+            import torch_pruning
+
+            from ast_plugin.integrations.frameworks import from_importance
+
+            importance = getattr(torch_pruning.importance, options["method"]["importance"])()
+            options["method"] = from_importance(importance, base=options["method"]["base"])
         return options
 
     def learning_rate_at(self, step: int) -> float:
@@ -85,17 +108,22 @@ class Settings:
         return self.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """Train on one thread, measure; returns what goes into the JSON file."""
+def run(settings: Settings, forks: Path | None = None) -> dict[str, Any]:
+    """Train on one thread, measure; returns what goes into the JSON file.
+
+    Args:
+        settings: Of the run.
+        forks: Where states are kept from which other runs go on; None for none.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(settings.seed)
     task = TASKS[settings.task]()
     model = task.model()
-    found = _run_joint(settings, task, model) if settings.joint else _run_alternating(settings, task, model)
+    found = _run_joint(settings, task, model) if settings.joint else _run_alternating(settings, task, model, forks)
     return {"settings": settings.to_dict(), **found}
 
 
-def _run_alternating(settings: Settings, task: Task, model: nn.Module) -> dict[str, Any]:
+def _run_alternating(settings: Settings, task: Task, model: nn.Module, forks: Path | None) -> dict[str, Any]:
     optimizer = make_optimizer(settings, model.parameters())
     average = LateAverage(settings.steps, WINDOWS)
     mechanisms = [build_mechanism(name, argument, settings) for name, argument in settings.mechanisms.items()]
@@ -105,10 +133,10 @@ def _run_alternating(settings: Settings, task: Task, model: nn.Module) -> dict[s
     controller = ast_plugin.wrap(
         optimizer,
         model,
-        sparsities=settings.sparsities,
+        sparsities=settings.sub_nets(),
         total_steps=settings.steps,
         seed=settings.seed,
-        plugins=[*mechanisms, average],
+        plugins=[family, *mechanisms, average],
         example_inputs=task.batch(0, seed=0)[0][:1],
         **settings.ast_options(),
     )
@@ -116,13 +144,21 @@ def _run_alternating(settings: Settings, task: Task, model: nn.Module) -> dict[s
         mechanism.after_wrap(controller)
     model.train()
 
-    def step_on(batch: Batch, step: int) -> None:
+    def backward(batch: Batch, step: int) -> None:
         task.loss(model, batch).backward()
 
-    seconds = _loop(settings, task, optimizer, step_on)
+    closure = controller.needs_closure
+    fork, seconds, first = Fork.of(settings, forks), 0.0, 0
+    shared = fork is not None and AT_THE_END in settings.mechanisms and fork.path.exists()
+    if fork is not None and shared:
+        seconds, first = fork.load(model, optimizer), fork.step
+    elif fork is not None:
+        seconds, first = _loop(settings, task, optimizer, backward, range(fork.step), closure=closure), fork.step
+        fork.save(model, optimizer, seconds)
+    seconds += _loop(settings, task, optimizer, backward, range(first, settings.steps), closure=closure)
     statistics = controller.statistics()
     return {
-        "figures": readouts(controller, task, settings, average, mechanisms),
+        "figures": readouts(controller, task, settings, average, mechanisms, windows=() if shared else WINDOWS),
         "sparsity": {name: controller.masks.sparsity(name) for name in controller.sub_nets},
         "steps": {name: statistics["sub_nets"][name]["steps"] for name in controller.sub_nets},
         "conflicts": statistics["conflicts"] / statistics["checks"] if statistics["checks"] else None,
@@ -139,7 +175,8 @@ def _run_joint(settings: Settings, task: Task, model: nn.Module) -> dict[str, An
         options=settings.ast_options(),
     )
     optimizer = make_optimizer(settings, training.parameters)
-    seconds = _loop(settings, task, optimizer, lambda batch, step: training.backward(task, batch, step))
+    steps = range(settings.steps)
+    seconds = _loop(settings, task, optimizer, lambda batch, step: training.backward(task, batch, step), steps)
     return {
         "figures": {FINAL: training.measure(task)},
         "sparsity": {name: training.masks.sparsity(name) for name in training.sub_nets},
@@ -150,16 +187,30 @@ def _run_joint(settings: Settings, task: Task, model: nn.Module) -> dict[str, An
 
 
 def _loop(
-    settings: Settings, task: Task, optimizer: torch.optim.Optimizer, backward: Callable[[Batch, int], None]
+    settings: Settings,
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    backward: Callable[[Batch, int], None],
+    steps: Iterable[int],
+    *,
+    closure: bool = False,
 ) -> float:
     """Train; returns processor time, which does not depend on what else the machine does, as one thread computes."""
     started = time.process_time()
-    for step in range(settings.steps):
+    for step in steps:
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(step) * group.get("rate", 1.0)
-        optimizer.zero_grad()
-        backward(task.batch(step, seed=settings.seed), step)
-        optimizer.step()
+        batch = task.batch(step, seed=settings.seed)
+
+        def clear_and_go_back(batch: Batch = batch, step: int = step) -> None:
+            optimizer.zero_grad()
+            backward(batch, step)
+
+        if closure:
+            optimizer.step(clear_and_go_back)
+        else:
+            clear_and_go_back()
+            optimizer.step()
     return time.process_time() - started
 
 
@@ -177,6 +228,8 @@ def readouts(
     settings: Settings,
     average: LateAverage,
     mechanisms: Sequence[object],
+    *,
+    windows: Sequence[float] = WINDOWS,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Return the figures by way of measuring, by sub-net, by measure. The model's weights are changed on the way."""
     model = controller.model
@@ -199,7 +252,13 @@ def readouts(
     if has_batch_norm:
         controller.recalibrate(loader)
         found[RECALIBRATED] = measured()
-    for window in () if private else WINDOWS:
+    if SUPERPOSED in controller.versions:
+        with controller.version(SUPERPOSED):
+            found[SUPERPOSED] = measured()
+            controller.recalibrate(loader)
+            found[SUPERPOSED_RECALIBRATED] = measured()
+    # Of a run that began at a fork, not all of the last steps are known.
+    for window in () if private or AT_THE_END in settings.mechanisms else WINDOWS:
         average.apply(controller, window)
         controller.recalibrate(loader)
         found[f"average {window:g}"] = measured()

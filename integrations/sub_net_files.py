@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -15,6 +16,7 @@ from ast_plugin.distributed import is_first_rank
 from ast_plugin.elastic_file import ELASTIC
 from ast_plugin.errors import ConfigError
 from ast_plugin.files import atomic_write_text, file_path
+from ast_plugin.integrations.family.sup_tickets_hosts import further_versions
 from ast_plugin.report import Report
 from ast_plugin.sealed_file import to_json
 from ast_plugin.sharding import is_sharded
@@ -23,6 +25,7 @@ from ast_plugin.training import AlternatingSparseTraining
 from ast_plugin.version import __version__
 
 CONFIG = "ast_config.json"
+LAST = "elastic_last.safetensors"
 
 _FORMAT = "ast_plugin.config"
 _VERSION = 1
@@ -32,6 +35,9 @@ def write_sub_nets(
     ast: AlternatingSparseTraining, folder: str | os.PathLike[str], *, host: str, elastic: bool = True
 ) -> list[Path]:
     """Write ``elastic.safetensors``, and ``ast_config.json`` for programs; where parameters are sharded, a collective.
+
+    Of a run with superposed sub-nets (`ast_plugin.integrations.family.SupTickets`) the first holds those, and
+    ``elastic_last.safetensors`` the last ones.
 
     Args:
         ast: The run.
@@ -59,13 +65,19 @@ def write_sub_nets(
     files = []
     if elastic:
         files.append(place / ELASTIC)
-        ast.save(files[0], report=Report.from_training(ast, title=f"Sub-nets of {name}").to_dict())
+        with ast.version(ast.preferred_version):
+            page = Report.from_training(ast, title=f"Sub-nets of {name}")
+        ast.save(files[0], report=page.to_dict())
+        if further_versions(ast):
+            files.append(place / LAST)
+            ast.save(files[-1], version="last")
     if any_sharded(ast.model) and not is_first_rank(ast.model):
         return files
-    summary = json.dumps(to_json(CONFIG, _summary(ast, name, files, host)), indent=2, allow_nan=False)
+    with ast.version(ast.preferred_version) if elastic else contextlib.nullcontext():
+        summary = json.dumps(to_json(CONFIG, _summary(ast, name, files, host)), indent=2, allow_nan=False)
     atomic_write_text(place / CONFIG, summary + "\n")
-    if not elastic:
-        (place / ELASTIC).unlink(missing_ok=True)
+    for left_over in {ELASTIC, LAST} - {file.name for file in files}:
+        (place / left_over).unlink(missing_ok=True)
     return [*files, place / CONFIG]
 
 

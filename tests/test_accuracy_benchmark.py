@@ -13,12 +13,14 @@ from torch import nn
 
 import ast_plugin
 from ast_plugin.hookspecs import hookimpl
+from ast_plugin.wrapping import settings_of
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 PAGE = BENCHMARKS.parent / "docs" / "evidence.md"
 sys.path.insert(0, str(BENCHMARKS))
 
 import accuracy  # noqa: E402  # it lies beside the benchmark, not on the path
+import accuracy_forks  # noqa: E402
 import accuracy_gradients as gradients  # noqa: E402
 import accuracy_joint  # noqa: E402
 import accuracy_mechanisms as mechanisms  # noqa: E402
@@ -88,16 +90,23 @@ def test_changes_replace_settings_and_are_merged_into_options() -> None:
     assert Toy.defaults["options"] == {"end_step": 0.5, "update_interval": 0.1}
 
 
-@pytest.mark.parametrize("name", list(accuracy_rows.ROWS))
+def by_importance(name: str) -> bool:
+    """Tell whether a row's method is made with torch-pruning, which is in an extra."""
+    return isinstance(accuracy_rows.ROWS[name].changes.get("options", {}).get("method"), dict)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.extra("channels")) if by_importance(n) else n for n in accuracy_rows.ROWS],
+)
 def test_every_row_can_be_built(name: str) -> None:
     found = accuracy_rows.ROWS[name]
     assert found.table in accuracy_rows.TABLES
     assert found.reference in accuracy_rows.ROWS
     for task in found.tasks:
         for run in found.runs(task, 0):
-            ast_plugin.ASTConfig(
-                **{"sparsities": run.sparsities, "total_steps": run.steps, "seed": 0, **run.ast_options()}
-            )
+            settings = {"sparsities": run.sub_nets(), "total_steps": run.steps, "seed": 0, **run.ast_options()}
+            assert settings_of(None, settings).total_steps == run.steps
             for mechanism, argument in run.mechanisms.items():
                 assert mechanisms.build_mechanism(mechanism, argument, run) is not None
 
@@ -158,6 +167,26 @@ def test_a_run_measures_every_sub_net_in_every_way_and_repeats_itself() -> None:
     assert accuracy_runs.run(settings(seed=1))["figures"] != first["figures"]
 
 
+@pytest.mark.slow
+def test_runs_with_tickets_go_on_from_a_fork_and_come_to_what_they_come_to_without(tmp_path: Path) -> None:
+    plain = settings(steps=200)
+    tickets = settings(steps=200, mechanisms={"sup_tickets": {"cycles": 2}})
+    expected = accuracy_runs.run(tickets)["figures"]
+    assert set(expected) == {"final", "recalibrated", "superposed", "superposed, recalibrated"}
+    base = accuracy_runs.run(plain)["figures"]
+    assert accuracy_runs.run(plain, tmp_path)["figures"] == base
+    (kept,) = tmp_path.iterdir()
+    before = kept.stat().st_mtime_ns
+    assert accuracy_runs.run(tickets, tmp_path)["figures"] == expected
+    assert kept.stat().st_mtime_ns == before
+    kept.unlink()
+    assert accuracy_runs.run(tickets, tmp_path)["figures"] == expected  # and leaves it to others
+    assert accuracy_runs.run(plain, tmp_path)["figures"] == base
+    early = settings(steps=200, mechanisms={"sup_tickets": {"cycles": 2, "share": 0.3}})
+    assert accuracy_forks.Fork.of(early, tmp_path) is None
+    assert accuracy_forks.Fork.of(plain, None) is None
+
+
 def test_joint_training_of_one_sub_net_is_ordinary_training_of_it() -> None:
     one = {"sparsities": (0.5,), "options": {**Toy.defaults["options"], "drop_fraction": 0.3}}
     alone, joint = accuracy_runs.run(settings(**one)), accuracy_runs.run(settings(**one, joint=True))
@@ -185,6 +214,27 @@ def test_joint_training_adds_up_the_gradients_of_all_sub_nets() -> None:
         task.loss(masked, batch).backward()
         wanted += masked[3].weight.grad * training.masks.get(sub_net, "3.weight")
     assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_both_ways_of_joint_training_are_the_same_while_masks_stay() -> None:
+    fixed = {**Toy.defaults["options"], "method": "static"}
+    ours = accuracy_runs.run(settings(options={**fixed, "alternation": "joint"}))
+    theirs = accuracy_runs.run(settings(options=fixed, joint=True))
+    assert ours["figures"]["final"] == theirs["figures"]["final"]
+    assert ours["steps"] == theirs["steps"] == {"s25": 60, "s50": 60, "s75": 60}
+    assert accuracy.passes(ours["settings"]) == accuracy.passes(theirs["settings"]) == 180
+
+
+def test_sub_nets_of_different_patterns_are_rows_too() -> None:
+    mixed = accuracy_rows.ROWS["mixed-pivot"]
+    (found,) = mixed.runs("digits", 0)
+    assert [str(getattr(s, "name", s)) for s in found.sub_nets()] == ["0.0", "0.9", "2:4", "c50"]
+    kept = {accuracy.key(found): entry(found, 10.0, **{"s0": 99.0, "s90": 98.0, "2:4": 97.0, "c50": 96.0})}
+    for base in accuracy_rows.ROWS["alternating"].runs("digits", 0):
+        kept[accuracy.key(base)] = entry(base, 10.0, s90=90.0)
+    shown = accuracy.table("digits", "mixed", [0], kept)
+    assert shown.columns == ("", "s0", "s90", "2:4", "c50", "passes", "time", "seeds")
+    assert shown.rows == ((mixed.text, "99.00", "98.00", "97.00", "96.00", "1.00", "1.00", "1"),)
 
 
 def controller(plugin: object, **options: Any) -> ast_plugin.AlternatingSparseTraining:

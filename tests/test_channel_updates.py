@@ -14,10 +14,11 @@ from ast_plugin.channels import ChannelGroup, ChannelGroups, GroupAxis
 from ast_plugin.config import ASTConfig
 from ast_plugin.errors import ConfigError, PluginError
 from ast_plugin.masks import MaskStore
-from ast_plugin.methods import BUILT_IN_METHODS, GMP, GRANET, RIGL, STATIC, ChannelScoreInputs, Method
+from ast_plugin.methods import BUILT_IN_METHODS, GMP, GRANET, RIGL, SET, STATIC, ChannelScoreInputs, Method
 from ast_plugin.plans import build_plans
 from ast_plugin.plugins import PluginRegistry
 from ast_plugin.schedules import resolve_calendars
+from ast_plugin.sub_nets import SubNetSpec
 from ast_plugin.updates import MaskUpdater
 
 
@@ -184,6 +185,36 @@ def test_a_method_may_score_whole_units() -> None:
     for wrong in (lambda _: torch.zeros(3), lambda i: torch.zeros(i.group.units, dtype=torch.int64), lambda _: None):
         with pytest.raises(PluginError, match=r"channel score of method 'wrong' returned .* for group 'g1'"):
             updater(dataclasses.replace(method, name="wrong", channel_score=wrong), random_weights())
+
+
+@pytest.mark.parametrize("base", [GMP, SET])
+def test_a_score_of_units_is_asked_before_the_first_step_even_where_nothing_is_chosen_by_it(base: Method) -> None:
+    seen: list[str] = []
+
+    def only_narrow(inputs: ChannelScoreInputs) -> Tensor:
+        seen.append(inputs.group.name)
+        assert inputs.gradients is None
+        if inputs.group.units > 12:
+            raise ConfigError(f"{inputs.group.units} units are too many")
+        return torch.zeros(inputs.group.units)
+
+    method = dataclasses.replace(base, name="narrow", channel_score=only_narrow)
+    with pytest.raises(ConfigError, match="16 units are too many"):
+        updater(method, random_weights())
+    groups, shapes = chain(6, 12, 8, 5)
+    seen.clear()
+    updater(method, random_weights(shapes), groups=groups, sparsities=(0.5,))
+    assert seen == ["g1", "g2"]
+
+
+def test_a_method_for_channels_alone_is_refused_where_no_sub_net_drops_any() -> None:
+    method = dataclasses.replace(GMP, name="units", needs_channels=True)
+    with pytest.raises(
+        ConfigError, match=r"'units' scores whole channels, .*: their patterns are 2:4, unstructured; add"
+    ):
+        updater(method, random_weights(), sparsities=(0.9, "2:4"), pattern="unstructured")
+    mixed = (0.5, SubNetSpec(name="single", sparsity=0.9, pattern="unstructured"))
+    assert updater(method, random_weights(), sparsities=mixed).plans.keys() == {"s50", "single"}
 
 
 def test_a_target_that_leaves_a_group_empty_is_refused_and_says_which() -> None:

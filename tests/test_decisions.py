@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import ast_plugin
 from ast_plugin.errors import ConfigError, PluginError
 from ast_plugin.hookspecs import hookimpl
-from ast_plugin.methods import MaskDecision, MaskInputs, Method
+from ast_plugin.methods import RIGL, MaskDecision, MaskInputs, Method
 from ast_plugin.random_state import seeded_generator
 from ast_plugin.schedules import cubic_sparsity
 
@@ -145,6 +145,33 @@ def test_a_ramp_that_ends_between_steps_is_completed() -> None:
     train(ast.model, ast.optimizer, range(20), vector_batch)
     assert ast.masks.sparsity("s50") == pytest.approx(0.5, abs=0.01)
     assert ast.masks.sparsity("s75") == pytest.approx(0.75, abs=0.01)
+
+
+def test_what_it_leaves_to_the_scores_goes_by_them() -> None:
+    def decide(inputs: MaskInputs) -> Mapping[str, Tensor] | None:
+        return smallest_go(inputs) if inputs.sub_net == "s75" and inputs.step < 0 else None
+
+    ast = wrapped(dataclasses.replace(RIGL, decide=decide))
+    other = wrapped(RIGL)
+    assert_same(ast.masks.of("s50"), other.masks.of("s50"))
+    assert ast.masks.checksum("s75") != other.masks.checksum("s75")
+    before = ast.masks.checksum("s75")
+    train(ast.model, ast.optimizer, range(8), vector_batch)
+    assert ast.masks.checksum("s75") != before
+    assert ast.masks.sparsity("s75") == pytest.approx(0.75, abs=0.01)
+
+
+def test_masks_may_be_ahead_of_the_ramp_and_not_beyond_its_end() -> None:
+    ramp = {"initial_sparsity": 0.0, "sparsity_schedule": cubic_sparsity}
+    ahead = wrapped(deciding(lambda inputs: at_share(inputs, 0.4), **ramp), sparsities=(0.5,))
+    assert ahead.masks.sparsity("s50") == pytest.approx(0.4, abs=0.01)
+    refused(
+        deciding(lambda inputs: at_share(inputs, 0.6), **ramp), "sparsity of 0.5996, and 0 was asked", sparsities=(0.5,)
+    )
+
+
+def at_share(inputs: MaskInputs, sparsity: float) -> dict[str, Tensor]:
+    return smallest_go(dataclasses.replace(inputs, layer_sparsities=dict.fromkeys(inputs.weights, sparsity)))
 
 
 def test_a_pattern_is_held_against_the_masks() -> None:

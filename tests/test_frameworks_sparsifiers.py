@@ -157,6 +157,37 @@ def test_diagonals_are_as_many_as_the_sparsity_asks_for() -> None:
         wrapped(model, sparsifier, sparsities=(0.88,))
 
 
+def test_levels_of_single_layers_are_not_followed_without_a_word() -> None:
+    config = [{"tensor_fqn": "0.weight", "sparsity_level": 0.25}, {"tensor_fqn": "2.weight"}]
+    with pytest.warns(UserWarning, match=r"sparsity_level of their own \(0\.25 to 0\.5\).*distribution="):
+        ast = wrapped(*prepared(config=config))
+    assert ast.masks.sparsity("s75", "0.weight") == pytest.approx(0.75, abs=0.01)
+
+
+def test_a_tied_layer_is_refused() -> None:
+    model = mlp()
+    model[4] = nn.Linear(16, 16)
+    model[4].weight = model[2].weight
+    sparsifier = weight_norm()
+    sparsifier.prepare(model, [{"tensor_fqn": "2.weight"}])
+    with pytest.raises(ConfigError, match=r"'2\.weight' and not where '4\.weight' uses the same parameter"):
+        wrapped(model, sparsifier)
+
+
+def test_biases_that_were_prepared_are_pruned() -> None:
+    Bias = type("Bias", (BaseSparsifier,), {"update_mask": half_of})
+    model, sparsifier = prepared(Bias({"sparsity_level": 0.5}), [{"tensor_fqn": "0.bias"}, {"tensor_fqn": "0.weight"}])
+    ast = wrapped(model, sparsifier, sparsities=(0.5,))
+    assert ast.masks.get("s50", "0.bias").tolist() == [False] * 8 + [True] * 8
+    train(model, ast.optimizer, range(3), vector_batch)
+
+
+def half_of(self: BaseSparsifier, module: nn.Module, tensor_name: str, **kwargs: Any) -> None:
+    """Drop the first half of a tensor."""
+    mask = module.parametrizations[tensor_name][0].mask
+    mask.view(-1)[: mask.numel() // 2] = 0
+
+
 def test_layers_follow_the_distribution() -> None:
     ast = wrapped(*prepared(), sparsities=(0.5,), distribution={"0.weight": 0.25})
     assert ast.masks.sparsity("s50", "0.weight") == pytest.approx(0.25, abs=0.01)
@@ -245,8 +276,8 @@ def restored(model: nn.Module, sparsifier: BaseSparsifier) -> Iterator[None]:
         ({"sparsities": (0.5, 0.9999)}, ConfigError, "allow_empty_layers"),
         ({"sparsities": (0.5,), "total_steps": 2, "update_interval": 9}, ConfigError, "total_steps|update_interval"),
         ({"pattern": "4x4"}, PluginError, "pattern '4x4'"),
-        ({"include": ("2.*",)}, SelectionError, "prepared, not chosen: 0.weight; leave both out, or write include="),
-        ({"exclude": ("0.*",)}, SelectionError, "chosen, not prepared: 4.weight; prepared, not chosen: 0.weight"),
+        ({"include": ("2.*",)}, SelectionError, "missing: 0.weight; leave both out, or write include="),
+        ({"exclude": ("0.*",)}, SelectionError, "too many: 4.weight; missing: 0.weight"),
         ({"initial_sparsity": 0.3}, ConfigError, "initial_sparsity=0.3 has no meaning"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -14,6 +15,7 @@ import ast_plugin
 from ast_plugin.config import ASTConfig
 from ast_plugin.errors import ConfigError, SelectionError, WrapError
 from ast_plugin.hookspecs import hookimpl
+from ast_plugin.methods import RIGL, Method
 from ast_plugin.parameters import select_parameters
 from ast_plugin.preview import check_run
 
@@ -69,7 +71,38 @@ def test_an_optimizer_that_cannot_train_sub_nets_is_refused() -> None:
 def test_the_name_of_a_method_that_is_given_as_an_object_means_nothing() -> None:
     with pytest.raises(ConfigError):
         check_run(config(method="mine"), conv_net())
-    assert check_run(config(method="mine"), conv_net(), known_method=True)
+    assert check_run(config(method="mine"), conv_net(), method=dataclasses.replace(RIGL, name="mine"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Taking(Method):
+    """A method that takes the head over, and prunes nothing else."""
+
+    log: list[str] = dataclasses.field(default_factory=list)
+
+    @hookimpl
+    def ast_select_parameters(self, model: nn.Module) -> Any:
+        self.log.append("select")
+        return select_parameters(model, include=["head.weight"])
+
+
+def test_a_method_takes_over_for_the_length_of_the_call_alone() -> None:
+    log: list[str] = []
+
+    def take_over(optimizer: torch.optim.Optimizer, model: nn.Module) -> Any:
+        log.append("take over")
+        return lambda: log.append("undo")
+
+    model = conv_net()
+    method = Taking(name="taking", description="", take_over=take_over, log=log)
+    choices = check_run(config(), model, optimizer=sgd(model), method=method)
+    assert [choice.name for choice in choices if choice.prunable] == ["head.weight"]
+    assert log == ["take over", "select", "undo"]
+    log.clear()
+    with pytest.raises(SelectionError):
+        check_run(config(), nn.Identity(), optimizer=sgd(model), method=method)
+    assert log == ["take over", "select", "undo"]
+    assert check_run(config(), model, method=method) == []  # without an optimizer it is not asked
 
 
 class HeadAlone:

@@ -104,9 +104,9 @@ def test_a_state_goes_on_as_if_it_had_never_been_saved() -> None:
 def test_damaged_and_foreign_states_are_refused() -> None:
     average = _three_tickets_of_one_net()
     masks = {"s": {"w": _mask(1, 1, 0, 0)}}
-    with pytest.raises(StateError, match="other weights than this run .*'w'"):
+    with pytest.raises(StateError, match=r"other weights than this run .*'w'"):
         TicketAverage.from_state(average.state_dict(), {"w": torch.zeros(5)}, masks, {})
-    with pytest.raises(StateError, match="other weights than this run .*'v'"):
+    with pytest.raises(StateError, match=r"other weights than this run .*'v'"):
         TicketAverage.from_state(average.state_dict(), {"v": torch.zeros(4)}, masks, {})
     for damaged in ({}, {"tickets": "many"}, {**average.state_dict(), "kept": {}}, {**average.state_dict(), "more": 1}):
         with pytest.raises(StateError, match="sup_tickets is damaged"):

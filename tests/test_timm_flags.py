@@ -126,7 +126,7 @@ def test_flags_stand_in_a_group_of_their_own() -> None:
     assert flags == {
         *("--ast-sparsities", "--ast-method", "--ast-pattern", "--ast-distribution", "--ast-update-interval"),
         *("--ast-drop-fraction", "--ast-correction", "--ast-inactive", "--ast-include", "--ast-exclude"),
-        *("--ast-eval-sub-net", "--ast-config", "--ast-no-report"),
+        *("--ast-eval-sub-net", "--ast-sup-tickets", "--ast-config", "--ast-no-report"),
     }
     assert all(action.help for action in group._group_actions)
 

@@ -16,6 +16,7 @@ from timm.utils import ModelEmaV3
 from timm_parts import STEPS_PER_EPOCH, arguments, assert_same, network, sgd, snapshot, step, task_of, timm_run
 from torch import nn
 
+from ast_plugin.alternation import AlternatingOrder
 from ast_plugin.errors import ActivationError, ConfigError, SelectionError, WrapError
 from ast_plugin.integrations.timm.run import TimmRun
 
@@ -276,3 +277,11 @@ def test_a_script_without_a_metric_of_its_own_keeps_it_so() -> None:
     model, *_ = begun(run)
     assert run.args.eval_metric is None
     assert "s80_top1" in run.validate(mean_output, model)
+
+
+def test_an_order_that_needs_a_closure_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AlternatingOrder, "sub_nets_at", lambda self, step: [0, 1], raising=False)
+    model = network()
+    with pytest.raises(ConfigError, match=r"'alternating' trains several .* loop calls optimizer"):
+        timm_run().check(sgd(model), model)
+    assert not model._forward_pre_hooks

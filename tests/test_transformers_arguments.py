@@ -53,7 +53,7 @@ def test_nothing_asked_for_is_no_callback() -> None:
 
 def test_every_flag_is_an_argument_with_a_help_text() -> None:
     fields = {field.name: field for field in dataclasses.fields(ASTArguments)}
-    assert set(fields) == {*(flag.name for flag in FLAGS), "ast_config", "ast_resume_plain"}
+    assert set(fields) == {*(flag.name for flag in FLAGS), "ast_sup_tickets", "ast_config", "ast_resume_plain"}
     help_text = " ".join(HfArgumentParser(ASTArguments).format_help().split())
     for flag in FLAGS:
         assert f"--{flag.name} " in help_text

@@ -9,12 +9,15 @@ import pytest
 import torch
 from networks import assert_same, snapshot
 from torch import nn
+from torch.ao.pruning import WeightNormSparsifier
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 from transformers_runs import SUB_NETS, arguments_of, gpt2, sparse, texts, trainer_of
 
 from ast_plugin import ASTConfig, SubNetSpec
 from ast_plugin.errors import ActivationError, ConfigError, SelectionError, StateError, WrapError
 from ast_plugin.hookspecs import hookimpl
+from ast_plugin.integrations.family import plugin
+from ast_plugin.integrations.frameworks import from_sparsifier
 from ast_plugin.integrations.transformers import ASTCallback, attach
 from ast_plugin.methods import Method, magnitude
 
@@ -133,6 +136,30 @@ def test_settings_may_be_one_object_and_hold_a_method_of_ones_own(tmp_path: Path
     trainer_of(tmp_path, callback).train()
     assert callback.ast is not None
     assert callback.ast.config.method == "mine"
+
+
+def test_a_method_that_takes_the_model_over_does_so_when_training_begins_and_resumes(tmp_path: Path) -> None:
+    layers = [f"transformer.h.{block}.mlp.{layer}.weight" for block in (0, 1) for layer in ("c_fc", "c_proj")]
+
+    def prepared() -> tuple[Any, ASTCallback]:
+        model = gpt2()
+        sparsifier = WeightNormSparsifier(sparse_block_shape=(1, 1))
+        sparsifier.prepare(model, [{"tensor_fqn": name} for name in layers])
+        callback = ASTCallback(sparsities=(0.5, 0.75), method=from_sparsifier(sparsifier), update_interval=4)
+        return trainer_of(tmp_path, callback, model=model, save_strategy="steps", save_steps=8, max_steps=16), callback
+
+    trainer, callback = prepared()
+    assert "transformer.h.0.mlp.c_fc.weight" not in trainer.model.state_dict()
+    trainer.train()
+    assert callback.ast is not None
+    assert list(callback.ast.masks.parameters) == layers
+    assert sorted(trainer.model.state_dict()) == sorted(gpt2().state_dict())
+    assert callback.ast.masks.sparsity("s75") == pytest.approx(0.75, abs=0.01)
+    again, resumed = prepared()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert resumed.ast is not None
+    assert_same(snapshot(again.model), snapshot(trainer.model))
+    assert resumed.ast.masks.checksum() == callback.ast.masks.checksum()
 
 
 class Steps:
@@ -334,6 +361,16 @@ def test_a_length_that_is_not_the_trainers_is_refused(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, sparse(total_steps=100))
     with pytest.raises(ConfigError, match="total_steps=100, and the Trainer makes 16"):
         trainer.train()
+
+
+def test_an_order_that_needs_a_closure_is_refused_when_the_trainer_is_made(tmp_path: Path) -> None:
+    model = gpt2()
+    with pytest.raises(ConfigError, match=r"'joint' trains several sub-nets in each step and needs optimizer\.step"):
+        trainer_of(tmp_path, sparse(alternation="joint", plugins=[plugin]), model=model)
+    assert not model._forward_pre_hooks
+    trainer_of(
+        tmp_path, sparse(alternation="dense_pivot", sparsities=(0.0, 0.5), plugins=[plugin]), model=model
+    ).train()
 
 
 def test_a_training_of_no_steps_is_refused(tmp_path: Path) -> None:

@@ -5,5 +5,6 @@ They come in through the hooks of `ast_plugin.hookspecs` and the public controll
 
 from ast_plugin.integrations.family.alternations import DensePivotOrder, JointOrder
 from ast_plugin.integrations.family.ensembles import Ensemble, EnsemblePrediction, ensemble
+from ast_plugin.integrations.family.sup_tickets import SupTickets
 
-__all__ = ["DensePivotOrder", "Ensemble", "EnsemblePrediction", "JointOrder", "ensemble"]
+__all__ = ["DensePivotOrder", "Ensemble", "EnsemblePrediction", "JointOrder", "SupTickets", "ensemble"]

@@ -30,7 +30,7 @@ class TicketAverage:
 
     Attributes:
         tickets: How many have been taken.
-        weights: Their mean by parameter name, float32 or wider, of all shared parameters.
+        weights: Their mean by name, float32 or wider, of all shared parameters and buffers; the last value of integers.
         kept: By sub-net and name of a prunable parameter, uint8: how many tickets kept each weight.
         kept_by_any: By name of a prunable parameter, uint8: in how many tickets some sub-net kept each weight.
         private: By sub-net and name, the mean of its own BatchNorm tensors; the last value of integer ones.
@@ -47,12 +47,15 @@ class TicketAverage:
         """Take one more ticket.
 
         Args:
-            weights: All shared parameters, dense; not changed.
+            weights: All shared parameters and buffers, dense; not changed.
             masks: By sub-net and name, bool, of the prunable ones among them.
             private: By sub-net, its own BatchNorm tensors.
         """
         self.tickets = count = self.tickets + 1
         for name, weight in weights.items():
+            if not weight.is_floating_point():
+                self.weights[name] = weight.clone()
+                continue
             value = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
             of_sub_nets = [tensors[name].to(value.device) for tensors in masks.values() if name in tensors]
             if of_sub_nets:
@@ -94,7 +97,7 @@ class TicketAverage:
 
         Args:
             state: What it returned.
-            weights: All shared parameters of the run.
+            weights: All shared parameters and buffers of the run.
             masks: By sub-net and name, its masks.
             private: By sub-net, its own BatchNorm tensors.
 

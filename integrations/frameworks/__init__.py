@@ -10,20 +10,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ast_plugin.integrations.frameworks.given_masks import from_masks
     from ast_plugin.integrations.frameworks.rigl import take_over
     from ast_plugin.integrations.frameworks.sparsifiers import from_sparsifier
+    from ast_plugin.integrations.frameworks.torch_prune import from_pruned, take_masks, write_masks
     from ast_plugin.integrations.frameworks.torch_pruning import from_importance
 
 __all__ = [
     "from_importance",
+    "from_masks",
+    "from_pruned",
     "from_sparsifier",
+    "take_masks",
     "take_over",
+    "write_masks",
 ]
 
 _MODULES = {
     "from_importance": "torch_pruning",
+    "from_masks": "given_masks",
+    "from_pruned": "torch_prune",
     "from_sparsifier": "sparsifiers",
+    "take_masks": "torch_prune",
     "take_over": "rigl",
+    "write_masks": "torch_prune",
 }
 
 

@@ -61,7 +61,7 @@ class TakenOff:
         parameters, modules = dict(module._parameters), dict(module._modules)
         self._before.append(_Before(module, type(module), parameters, modules))
         lists = module._modules["parametrizations"]
-        originals = {name: lists[name]._parameters["original"] for name in names}  # type: ignore[index,union-attr]
+        originals = {name: lists[name]._parameters["original"] for name in names}  # type: ignore[index]
         # torch made a subclass of the module's own class to hold a property for each tensor.
         module.__class__ = type(module).__bases__[0]
         del module._modules["parametrizations"]
@@ -76,9 +76,9 @@ def _check(module: nn.Module, names: Sequence[str], owner: str) -> None:
         if not parametrize.is_parametrized(module, name):
             raise WrapError(f"{name!r} of a {type(module).__name__} carries no parametrization of {owner}")
         if len(lists[name]) > 1:
-            others = ", ".join(type(one).__name__ for one in lists[name])
+            found = ", ".join(type(one).__name__ for one in lists[name])
             raise WrapError(
-                f"{name!r} of a {type(module).__name__} carries several parametrizations ({others}); remove those that "
+                f"{name!r} of a {type(module).__name__} carries several parametrizations ({found}); remove those that "
                 f"are not of {owner} first"
             )
         if lists[name]._parameters.get("original") is None:

@@ -68,7 +68,7 @@ def take_over(
     else:
         run = running(scheduler)
     method = RigLMethod.of(run)
-    first = SubNetSpec(name=sparsity_name(round(method.sparsity, 3)), sparsity=method.sparsity)
+    first = SubNetSpec(name=sparsity_name(run.asked), sparsity=method.sparsity)
     for entry in sparser:
         wanted = entry.sparsity if isinstance(entry, SubNetSpec) else entry
         if not isinstance(wanted, (int, float)) or not method.sparsity < wanted < 1:
@@ -194,7 +194,8 @@ class _Course:
         ]
 
     def _share(self, count: int) -> float:
-        return float(self._run.alpha / 2 * (1 + numpy.cos((count * numpy.pi) / self._run.end)))
+        end = self._run.end or 1
+        return float(self._run.alpha / 2 * (1 + numpy.cos((count * numpy.pi) / end)))
 
     def _first(self, inputs: MaskInputs) -> dict[str, Tensor]:
         if abs(inputs.sparsity - self.sparsity) < 1e-9:
@@ -203,12 +204,13 @@ class _Course:
         if not self._begun:
             raise ConfigError(
                 f"sub-net {inputs.sub_net!r} is the densest and has sparsity {inputs.sparsity:.6g}, and rigl-torch's "
-                f"masks have {self.sparsity:.6g}; give wrap the sparsities that take_over returned, and others by its sparser"
+                f"masks have {self.sparsity:.6g}; give wrap the sparsities that take_over returned, and sparser ones "
+                "to take_over"
             )
         masks = {}
         for name, weight in inputs.weights.items():
             kept = weight.numel() - int(inputs.layer_sparsities[name] * weight.numel())
-            masks[name] = keep_largest(weight.abs().flatten().float(), kept).view(weight.shape)
+            masks[name] = keep_largest(weight.abs().flatten(), kept).view(weight.shape)
         return masks
 
 
@@ -217,7 +219,7 @@ def _regrown(mask: Tensor, weight: Tensor, gradient: Tensor | None, fraction: fl
     kept = mask.to(weight.device).flatten()
     total = count_kept(kept)
     count = int(total * fraction)
-    survivors = keep_largest(weight.abs().flatten().float(), total - count, among=kept)
+    survivors = keep_largest(weight.abs().flatten(), total - count, among=kept)
     scores = torch.zeros_like(weight) if gradient is None else gradient.abs().to(weight.device)
-    grown = keep_largest(scores.flatten().float(), count, among=~survivors)
+    grown = keep_largest(scores.flatten(), count, among=~survivors)
     return (survivors | grown).view(weight.shape)

@@ -33,6 +33,7 @@ class RigLRun:
 
     Attributes:
         masks: By parameter name in the bare model, bool, True = kept; layers that it keeps dense have none.
+        asked: The sparsity that rigl-torch gives each of these layers, in (0, 1).
         count: How many times the scheduler has been called.
         delta: Calls from one mask update to the next.
         alpha: Share of the kept weights that the first mask update replaces.
@@ -41,6 +42,7 @@ class RigLRun:
     """
 
     masks: dict[str, Tensor]
+    asked: float
     count: int
     delta: int
     alpha: float
@@ -67,6 +69,7 @@ def running(scheduler: Any) -> RigLRun:
     masks = _named(owner, scheduler.W, scheduler.S, scheduler.backward_masks)
     return RigLRun(
         masks=masks,
+        asked=max(scheduler.S),
         **_settings(scheduler.step, scheduler.delta_T, scheduler.alpha, scheduler.T_end, scheduler.static_topo),
         take_over=_Live(scheduler, masks).take_over,
     )
@@ -92,16 +95,15 @@ def saved(state: Mapping[str, Any], model: nn.Module | None) -> RigLRun:
     try:
         weights_of = importlib.import_module("rigl_torch.util").get_W
     except ImportError as error:
-        if error.name != "rigl_torch":
-            raise MissingExtraError(f"rigl-torch cannot be imported: {error}; it needs that package, too") from error
         raise MissingExtraError(
             "a saved state of rigl-torch lists masks in the order in which the package 'rigl-torch' finds layers, and "
-            f"it is not installed; install it with: {INSTALL}"
+            f"that cannot be imported ({error}); install it with: {INSTALL}"
         ) from None
     settings = state["hyperparams"]
     bare = bare_model(model)
     return RigLRun(
         masks=_named(bare, weights_of(bare), state["S"], state["backward_masks"]),
+        asked=max(state["S"]),
         **_settings(state["step"], settings["delta_T"], settings["alpha"], settings["T_end"], settings["static_topo"]),
         take_over=_take_over_nothing,
     )
@@ -131,7 +133,7 @@ def _named(
         if name is None:
             raise StateError(
                 f"rigl-torch masks a weight of shape {tuple(weight.shape)} that is no parameter of "
-                f"{type(model).__name__}; give the model that it was registered on, with the parameters that it had then"
+                f"{type(model).__name__}; give the model that it was registered on, with the parameters of then"
             )
         if mask.shape != weight.shape:
             raise StateError(
@@ -201,21 +203,23 @@ class _Live:
             )
         places = self._places()
         inner = self._inner_step()
-        patched, static = vars(scheduler.optimizer)["step"], scheduler.static_topo
+        stepped: Any = scheduler.optimizer
+        patched, static = vars(stepped)["step"], scheduler.static_topo
         for weight, key, _ in places:
-            del weight._backward_hooks[key]
+            (weight._backward_hooks or {}).pop(key)
             delattr(weight, _MARK)
-        if getattr(inner, "__self__", None) is scheduler.optimizer:
-            del scheduler.optimizer.step
+        is_own = getattr(inner, "__self__", None) is stepped
+        if is_own:
+            del stepped.step
         else:  # a learning rate scheduler had replaced it before
-            scheduler.optimizer.step = inner
+            stepped.step = inner
         scheduler.static_topo = True  # a call that stays in the loop answers True and changes nothing
 
         def undo() -> None:
             for weight, _, hook in places:
                 weight.register_hook(hook)
                 setattr(weight, _MARK, True)
-            scheduler.optimizer.step = patched
+            stepped.step = patched
             scheduler.static_topo = static
 
         return undo

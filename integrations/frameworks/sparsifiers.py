@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ast_plugin.errors import ASTError, ConfigError, PluginError, SelectionError, StateError, WrapError
+from ast_plugin.errors import ASTError, ConfigError, PluginError, StateError, WrapError
 from ast_plugin.hookspecs import hookimpl
 from ast_plugin.integrations.frameworks.parametrizations import TakenOff
+from ast_plugin.integrations.frameworks.selection import choices_of
 from ast_plugin.integrations.frameworks.sparsifier_copies import SparsifierCopy
 from ast_plugin.integrations.frameworks.torch_ao import LevelRule, SetSparsity, schedule_of
 from ast_plugin.methods import MaskDecision, MaskInputs, Method, SparsitySchedule
-from ast_plugin.parameters import ParameterChoice, select_parameters
+from ast_plugin.parameters import ParameterChoice
 
 _NEAR = 0.01  # masks this near to a sub-net's sparsity are taken for masks of it
-_NOT_INCLUDED = "not matched by include"
 
 
 class Rule(Protocol):
@@ -30,9 +30,12 @@ class Rule(Protocol):
     needs_gradient: bool
     grow_initialization: Literal["keep", "zero"]
     distribution: str
-    is_due: Callable[[int, int | None], bool] | None
     initial_sparsity: float | None
     sparsity_schedule: SparsitySchedule
+
+    @property
+    def is_due(self) -> Callable[[int, int | None], bool] | None:
+        """What says when updates are due, None where the run does."""
 
     def take_over(self) -> Callable[[], None]:
         """Take off what the sparsifier has put outside the model; return what puts it back."""
@@ -79,7 +82,7 @@ def from_sparsifier(
         >>> sparsifier.prepare(model, config)
         >>> ast = ast_plugin.wrap(optimizer, model, sparsities=(0.9, 0.95), method=from_sparsifier(sparsifier))
     """
-    from torch.ao.pruning import BaseSparsifier
+    from torch.ao.pruning.sparsifier.base_sparsifier import BaseSparsifier
 
     if not isinstance(sparsifier, BaseSparsifier):
         raise ConfigError(
@@ -203,30 +206,8 @@ class _Adoption:
         Raises:
             SelectionError: If one of them cannot be pruned, or the user's globs choose others.
         """
-        prepared = set(self._names)
-        if include or exclude:
-            chosen = {
-                choice.name for choice in select_parameters(model, include=include, exclude=exclude) if choice.prunable
-            }
-            if chosen != prepared:
-                raise SelectionError(
-                    f"include and exclude choose other parameters than {self._kind} was prepared on"
-                    f"{_listed('; chosen, not prepared', chosen - prepared)}"
-                    f"{_listed('; prepared, not chosen', prepared - chosen)}; leave both out, or write "
-                    f"include={tuple(self._names)!r}"
-                )
-        choices = select_parameters(model, include=self._names)
-        refused = [choice for choice in choices if choice.name in prepared and not choice.prunable]
-        if refused:
-            raise SelectionError(
-                f"{self._kind} was prepared on {refused[0].name!r}, which cannot be pruned: {refused[0].reason}; "
-                "prepare it without"
-            )
-        reason = f"{self._kind} was not prepared on it"
-        return [
-            dataclasses.replace(choice, reason=reason) if choice.reason == _NOT_INCLUDED else choice
-            for choice in choices
-        ]
+        who, why = f"{self._kind} was prepared on", f"{self._kind} was not prepared on it"
+        return choices_of(model, self._names, include, exclude, who=who, why=why)
 
     def decide(self, inputs: MaskInputs) -> MaskDecision:
         """Have the sub-net's copy of the sparsifier decide its masks."""
@@ -308,6 +289,7 @@ class _Adoption:
                     "prepare a new sparsifier on the model"
                 )
             names.append(f"{places[id(module)]}.{tensor}".removeprefix("."))
+            _check_untied(model, self._kind, names[-1], module.parametrizations[tensor].original)
         return tuple(names)
 
     def _check_masks(self) -> None:
@@ -343,12 +325,18 @@ def _check_prepared(sparsifier: Any) -> None:
         )
 
 
+def _check_untied(model: nn.Module, kind: str, name: str, original: Tensor) -> None:
+    uses = [other for other, parameter in model.named_parameters(remove_duplicate=False) if parameter is original]
+    if len(uses) > 1:
+        plain = next(other for other in uses if "parametrizations." not in other)
+        raise ConfigError(
+            f"{kind} was prepared on {name!r} and not where {plain!r} uses the same parameter, and a sub-net's mask is "
+            "for both; untie them, or prepare the sparsifier on other layers"
+        )
+
+
 def _parametrization(group: Mapping[str, Any]) -> Any:
     return group["module"].parametrizations[group["tensor_name"]][0]
-
-
-def _listed(what: str, names: set[str]) -> str:
-    return f"{what}: {', '.join(sorted(names))}" if names else ""
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from ast_plugin.errors import ConfigError, MissingExtraError
 from ast_plugin.integrations.frameworks.sparsifier_copies import SparsifierCopy
-from ast_plugin.methods import MaskInputs, SparsitySchedule, constant_sparsity
+from ast_plugin.methods import MaskInputs, SparsitySchedule
+from ast_plugin.schedules import constant_sparsity
 
 TESTED = "0.1"
 INSTALL = "pip install --no-deps sparsimony==0.1.0"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Literal
 
 from ast_plugin.errors import ConfigError
 from ast_plugin.integrations.frameworks.sparsifier_copies import SparsifierCopy
-from ast_plugin.methods import MaskInputs, SparsitySchedule, constant_sparsity
+from ast_plugin.methods import MaskInputs, SparsitySchedule
+from ast_plugin.schedules import constant_sparsity
 
 LEVEL = "sparsity_level"
 
@@ -46,6 +48,14 @@ class LevelRule:
         if see not in ("kept", "all"):
             raise ConfigError(f"see must be one of kept, all, got {see!r}")
         self._set_sparsity = set_sparsity or _setting_of(sparsifier)
+        levels = {group[LEVEL] for group in sparsifier.groups if LEVEL in group}
+        if set_sparsity is None and len(levels) > 1:
+            warnings.warn(
+                f"layers of {type(sparsifier).__name__} were prepared with a {LEVEL} of their own "
+                f"({min(levels):g} to {max(levels):g}); each sub-net's sparsity takes the place of all of them, spread "
+                "over the layers by distribution=",
+                stacklevel=3,
+            )
         self._see_all = see == "all"
         self.initial_sparsity = None if schedule is None else 0.0
         self.sparsity_schedule = schedule or constant_sparsity
@@ -83,7 +93,7 @@ def schedule_of(scheduler: Any, *, interval: int) -> SparsitySchedule:
     Raises:
         ConfigError: If it is no such scheduler, `interval` is not positive, or layers have schedules of their own.
     """
-    from torch.ao.pruning import BaseScheduler
+    from torch.ao.pruning.scheduler.base_scheduler import BaseScheduler
 
     if not isinstance(scheduler, BaseScheduler):
         raise ConfigError(f"scheduler must be one of torch.ao.pruning, got {type(scheduler).__name__}")

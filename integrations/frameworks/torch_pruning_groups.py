@@ -168,7 +168,7 @@ class _Builder:
     def _stand_in(self, path: str, module: nn.Module) -> nn.Module:
         """Return a module of the same class and attributes, of which only the tensors are others."""
         transposed = is_transposed_linear(module)
-        parameters = {}
+        parameters: dict[str, nn.Parameter | None] = {}
         for name, parameter in module._parameters.items():
             tensor = self._tensors.get(f"{path}.{name}" if path else name, parameter)
             if tensor is None:
@@ -177,11 +177,11 @@ class _Builder:
             gradient = self._gradients.get(f"{path}.{name}" if path else name)
             if transposed and name == "weight":
                 tensor, gradient = tensor.t(), None if gradient is None else gradient.t()
-            parameters[name] = nn.Parameter(tensor.detach(), requires_grad=False)
+            parameters[name] = stand_in = nn.Parameter(tensor.detach(), requires_grad=False)
             if self._with_gradients:
-                parameters[name].grad = torch.zeros_like(parameters[name]) if gradient is None else gradient.detach()
+                stand_in.grad = torch.zeros_like(stand_in) if gradient is None else gradient.detach()
         if transposed:  # torch-pruning knows no layer whose weight is (in, out)
-            inward, outward = parameters["weight"].shape[1], parameters["weight"].shape[0]
+            inward, outward = self._tensors[f"{path}.weight" if path else "weight"].shape
             linear = nn.Linear(inward, outward, bias=False, device="meta")
             linear._parameters.update(parameters)
             return linear

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ast_plugin.errors import ConfigError, near_names
+from ast_plugin.training import AlternatingSparseTraining
 
 OWN = ("loss", "top1", "top5")  # what timm's validate returns
 
@@ -84,3 +85,15 @@ def merged(headline: str, by_sub_net: Mapping[str, Mapping[str, float]]) -> Orde
         for name, value in figures.items():
             metrics[metric_name(sub_net, name)] = value
     return metrics
+
+
+def note(ast: AlternatingSparseTraining, by_sub_net: Mapping[str, Mapping[str, float]]) -> None:
+    """Keep metrics for the report and the files.
+
+    Args:
+        ast: The run.
+        by_sub_net: What ``validate`` returned for each.
+    """
+    for sub_net, figures in by_sub_net.items():
+        for name, value in figures.items():
+            ast.add_report_metric(name, value, sub_net=sub_net)

@@ -10,6 +10,8 @@ from typing import Any
 from ast_plugin.config import ASTConfig
 from ast_plugin.errors import ConfigError, near_names
 from ast_plugin.flag_settings import CONFIG, CONFIG_HELP, FLAGS, NUMBERS, PREFIX, read_flags, read_number
+from ast_plugin.integrations.family.sup_tickets import SupTickets
+from ast_plugin.integrations.family.sup_tickets_flags import FLAG, HELP, METAVAR, SETTING, take_sup_tickets
 
 TITLE = "Alternating sparse training"
 
@@ -24,10 +26,12 @@ class Settings:
     Attributes:
         options: Settings of `ASTConfig` by name, all but the length of the run.
         report: Whether to write the report at the end.
+        tickets: Settings of `SupTickets` by name; None for a run without.
     """
 
     options: Mapping[str, Any]
     report: bool = True
+    tickets: Mapping[str, Any] | None = None
 
     def config(self, *, total_steps: int, steps_per_epoch: int) -> ASTConfig:
         """Return the settings of a run of that many optimizer steps.
@@ -36,6 +40,10 @@ class Settings:
             ConfigError: If they do not fit together.
         """
         return ASTConfig.from_dict({**self.options, "total_steps": total_steps, "steps_per_epoch": steps_per_epoch})
+
+    def sup_tickets(self) -> SupTickets | None:
+        """Return new tickets for a run; None if none were asked for."""
+        return None if self.tickets is None else SupTickets(**self.tickets)
 
     @property
     def sub_nets(self) -> tuple[str, ...]:
@@ -57,6 +65,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             metavar=flag.metavar,
             help=flag.help,
         )
+    group.add_argument(_spelled(FLAG), type=int, metavar=METAVAR, help=HELP)
     group.add_argument(_spelled(CONFIG), metavar="FILE", help=CONFIG_HELP)
     group.add_argument("--ast-no-report", action="store_true", default=False, help="write no report.html at the end")
 
@@ -72,7 +81,7 @@ def settings_of(args: argparse.Namespace) -> Settings | None:
             ``--ast-sparsities``.
     """
     given = {name: value for name, value in vars(args).items() if name.startswith(PREFIX) and value is not None}
-    flags = [flag.name for flag in FLAGS]
+    flags = [*(flag.name for flag in FLAGS), FLAG]
     for name in given:
         if name not in (*flags, CONFIG, _NO_REPORT):
             raise ConfigError(f"{name} in the configuration file is no flag: {near_names(name, flags)}")
@@ -82,9 +91,10 @@ def settings_of(args: argparse.Namespace) -> Settings | None:
         del given[_NO_REPORT]
     if not given:
         return None
-    options = read_flags(given, spelled=_spelled, extra="timm")
+    options = read_flags(given, spelled=_spelled, extra="timm", further=(SETTING,))
+    tickets = take_sup_tickets(options, given, spelled=_spelled)
     options.setdefault("seed", _seed(args))
-    settings = Settings(options=options, report=_NO_REPORT not in given)
+    settings = Settings(options=options, report=_NO_REPORT not in given, tickets=tickets)
     settings.config(total_steps=1, steps_per_epoch=1)
     return settings
 

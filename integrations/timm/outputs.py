@@ -14,6 +14,7 @@ import torch
 from ast_plugin.elastic_file import ELASTIC
 from ast_plugin.errors import MissingExtraError
 from ast_plugin.files import atomic_write_text
+from ast_plugin.integrations.family.sup_tickets_hosts import further_versions
 from ast_plugin.integrations.timm.networks import picture_for
 from ast_plugin.report import Report
 from ast_plugin.slots import bare_model
@@ -22,6 +23,7 @@ from ast_plugin.twins import Twin
 from ast_plugin.version import __version__
 
 AVERAGE = "elastic_ema.safetensors"
+LAST = "elastic_last.safetensors"
 PAGE = "report.html"
 SUMMARY = "ast.json"
 
@@ -39,6 +41,8 @@ def write_outputs(
 ) -> list[Path]:
     """Write the sub-nets, the report and a summary for programs.
 
+    Where the run has superposed sub-nets, report and summary are of those, and the last ones have a file of their own.
+
     Args:
         ast: The run, at its end.
         folder: Where to; it exists.
@@ -54,11 +58,24 @@ def write_outputs(
         SaveError: If one cannot be written.
     """
     name = str(getattr(args, "model", type(bare_model(ast.model)).__name__))
-    page = Report.from_training(
-        ast, title=f"Sub-nets of {name}", example_inputs=_example(ast, args), elapsed_seconds=seconds
-    )
     files = [folder / ELASTIC]
+    with ast.version(ast.preferred_version):
+        page = Report.from_training(
+            ast, title=f"Sub-nets of {name}", example_inputs=_example(ast, args), elapsed_seconds=seconds
+        )
+        sub_nets = _described(ast)
     ast.save(files[0], report=page.to_dict())
+    summary: dict[str, Any] = {
+        "model": name,
+        "config": ast.config.to_dict(),
+        "steps": ast.step,
+        "default_sub_net": ast.default_sub_net,
+        "sub_nets": sub_nets,
+    }
+    if further_versions(ast):
+        files.append(folder / LAST)
+        ast.save(files[-1], version="last")
+        summary["last_sub_nets"] = _described(ast)
     if twin is not None:
         files.append(folder / AVERAGE)
         ast.save(files[-1], twin=twin)
@@ -68,17 +85,14 @@ def write_outputs(
             files.append(folder / PAGE)
         except MissingExtraError as error:
             _logger.warning(f"No {PAGE}: {error}")
-    summary = {
-        "model": name,
-        "config": ast.config.to_dict(),
-        "steps": ast.step,
-        "default_sub_net": ast.default_sub_net,
-        "sub_nets": {s: {"sparsity": ast.masks.sparsity(s), "metrics": ast.metrics[s]} for s in ast.sub_nets},
-        "files": [file.name for file in files],
-        "versions": {"ast-plugin": __version__, "timm": _version("timm"), "torch": torch.__version__},
-    }
+    summary["files"] = [file.name for file in files]
+    summary["versions"] = {"ast-plugin": __version__, "timm": _version("timm"), "torch": torch.__version__}
     atomic_write_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
     return [*files, folder / SUMMARY]
+
+
+def _described(ast: AlternatingSparseTraining) -> dict[str, Any]:
+    return {s: {"sparsity": ast.masks.sparsity(s), "metrics": dict(ast.metrics[s])} for s in ast.sub_nets}
 
 
 def _example(ast: AlternatingSparseTraining, args: argparse.Namespace) -> Any:

@@ -20,8 +20,10 @@ import torch
 from torch import nn
 
 from ast_plugin.errors import ActivationError, ConfigError, StateError
+from ast_plugin.integrations.family.sup_tickets_flags import SETTING
+from ast_plugin.integrations.family.sup_tickets_hosts import further_versions, recompute_once
 from ast_plugin.integrations.timm.average import RunAverage
-from ast_plugin.integrations.timm.evaluation import check_metric, count_from_target, merged, split_metric
+from ast_plugin.integrations.timm.evaluation import check_metric, count_from_target, merged, note, split_metric
 from ast_plugin.integrations.timm.exploring import explore_with
 from ast_plugin.integrations.timm.flags import Settings
 from ast_plugin.integrations.timm.networks import network_in, picture_for
@@ -65,6 +67,7 @@ class TimmRun:
         self.settings = settings
         self.args = args
         self.ast: AlternatingSparseTraining | None = None
+        self._tickets = settings.sup_tickets()
         self._network: nn.Module | None = None
         self._average: RunAverage | None = None
         self._output_dir: Path | None = None
@@ -151,8 +154,9 @@ class TimmRun:
         given = model if bare_model(model) is network else network
         called = model if task is None else task
         picture = functools.partial(picture_for, network, self.args)
+        options: dict[str, Any] = {} if self._tickets is None else {SETTING: self._tickets}
         self.ast = ast = wrap(
-            optimizer, given, config, outermost=called, plugins=[TimmSelection()], example_inputs=picture
+            optimizer, given, config, outermost=called, plugins=[TimmSelection()], example_inputs=picture, **options
         )
         if state:
             try:
@@ -194,7 +198,8 @@ class TimmRun:
     def train(self, train_one_epoch: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Run the script's own function for one epoch, then bring BatchNorm statistics of all ranks together.
 
-        The script does that for the sub-net that its model carries (``--dist-bn``), this for the others.
+        The script does that for the sub-net that its model carries (``--dist-bn``), this for the others. Those of
+        superposed sub-nets are estimated from the data that the function was given.
         """
         began = time.monotonic()
         metrics = train_one_epoch(*args, **options)
@@ -204,6 +209,9 @@ class TimmRun:
             self.ast.synchronize_normalization()
             if self._average is not None:
                 self._average.synchronize()
+        loader = inspect.signature(train_one_epoch).bind(*args, **options).arguments.get("loader")
+        if loader is not None:
+            recompute_once(self._tickets, lambda: loader, _logger)
         return metrics
 
     def validate(self, validate: Validate, model: nn.Module, *args: Any, **options: Any) -> Mapping[str, float]:
@@ -217,7 +225,8 @@ class TimmRun:
 
         Returns:
             The metrics of one sub-net under the script's names, of that which ``--eval-metric`` names or else of the
-            default, then ``s90_top1`` and so on for each.
+            default, then ``s90_top1`` and so on for each. Those of other versions, superposed sub-nets for example, go
+            into the log, the report and the files alone, because every line of ``summary.csv`` has the same columns.
 
         Raises:
             ActivationError: If the model is neither, or no metrics come back.
@@ -236,8 +245,20 @@ class TimmRun:
                 "average, so its sub-nets are not known; evaluate it without --ast flags"
             )
         suffix = str(options.pop("log_suffix", ""))
+        found = self._measured(chosen, validate, suffix, model, *args, **options)
+        if chosen is self.ast:
+            note(self.ast, found)
+            for version in further_versions(self.ast):
+                with self.ast.version(version):
+                    note(self.ast, self._measured(chosen, validate, f"{suffix} {version}", model, *args, **options))
+        return merged(self._headline or self.ast.default_sub_net, found)
+
+    def _measured(
+        self, chosen: Any, validate: Validate, suffix: str, model: nn.Module, *args: Any, **options: Any
+    ) -> dict[str, Mapping[str, float]]:
+        """Return the metrics of every sub-net of `chosen`, and log them."""
         found: dict[str, Mapping[str, float]] = {}
-        for name in self.ast.sub_nets:
+        for name in self.settings.sub_nets:
             if _takes(validate, "log_suffix"):
                 options["log_suffix"] = f"{suffix} {name}"
             with chosen.sub_net(name):
@@ -251,11 +272,7 @@ class TimmRun:
             if self._headline is not None:  # without a sub-net it is the script's own affair
                 check_metric(self.args.eval_metric, figures)
         _logger.info(_line(suffix, found))
-        if chosen is self.ast:
-            for name, figures in found.items():
-                for metric, value in figures.items():
-                    self.ast.add_report_metric(metric, value, sub_net=name)
-        return merged(self._headline or self.ast.default_sub_net, found)
+        return found
 
     def finish(self) -> list[Path]:
         """Write the files that a run leaves beside its checkpoints; on ranks without output folder, nothing.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ast_plugin.errors import ConfigError
 from ast_plugin.flag_settings import CONFIG, CONFIG_HELP, FLAGS, check_settings, read_flags, read_value
+from ast_plugin.integrations.family.sup_tickets_flags import FLAG, HELP, METAVAR, SETTING, take_sup_tickets
 
 if TYPE_CHECKING:
     from ast_plugin.integrations.transformers.callback import ASTCallback
@@ -24,7 +25,10 @@ def _texts(metavar: str, text: str) -> dict[str, str]:
     return {"metavar": metavar, "help": f"{text}%(default).0s"}
 
 
-_TEXTS = {flag.name: _texts(flag.metavar, flag.help) for flag in FLAGS} | {CONFIG: _texts("FILE", CONFIG_HELP)}
+_TEXTS = {flag.name: _texts(flag.metavar, flag.help) for flag in FLAGS} | {
+    FLAG: _texts(METAVAR, HELP),
+    CONFIG: _texts("FILE", CONFIG_HELP),
+}
 
 
 @dataclass
@@ -47,7 +51,10 @@ class ASTArguments:
         ast_include: Globs on parameter names: prune those that match alone.
         ast_exclude: Globs on parameter names: never prune those.
         ast_eval_sub_net: Sub-net whose metrics have plain names, such as ``eval_loss``; the densest unless given.
-        ast_config: YAML or JSON file with settings of `ASTConfig`; the arguments above are stronger.
+        ast_sup_tickets: Average the sub-nets at the ends of this many cycles, the last tenth of the run; see
+            `ast_plugin.integrations.family.SupTickets`.
+        ast_config: YAML or JSON file with settings of `ASTConfig`, and of `SupTickets` under ``sup_tickets``; the
+            arguments above are stronger.
         ast_resume_plain: Whether a checkpoint without sub-nets may be resumed.
 
     Raises:
@@ -75,6 +82,7 @@ class ASTArguments:
     ast_include: list[str] | None = field(default=None, metadata=_TEXTS["ast_include"])
     ast_exclude: list[str] | None = field(default=None, metadata=_TEXTS["ast_exclude"])
     ast_eval_sub_net: str | None = field(default=None, metadata=_TEXTS["ast_eval_sub_net"])
+    ast_sup_tickets: int | str | None = field(default=None, metadata=_TEXTS["ast_sup_tickets"])
     ast_config: str | None = field(default=None, metadata=_TEXTS["ast_config"])
     ast_resume_plain: bool = field(
         default=False, metadata={"help": "resume a checkpoint without sub-nets: they start from its weights"}
@@ -114,18 +122,19 @@ class ASTArguments:
         return [] if callback is None else [callback]
 
     def _options(self) -> dict[str, Any] | None:
-        """Return the settings by the names of `ASTConfig`, checked; None without any."""
+        """Return the settings by the names of `ASTConfig`, and ``sup_tickets``, checked; None without any."""
         if not isinstance(self.ast_resume_plain, bool):
             raise ConfigError(f"{_spelled(_RESUME_PLAIN)} must be true or false, got {self.ast_resume_plain!r}")
-        values = {name: getattr(self, name) for name in (*_FLAGS, CONFIG)}
+        values = {name: getattr(self, name) for name in (*_FLAGS, FLAG, CONFIG)}
         given = {name: value for name, value in values.items() if value is not None}
         if self.ast_resume_plain:
             given[_RESUME_PLAIN] = True
         if not given:
             return None
-        options = read_flags(given, spelled=_spelled, extra="hf")
+        options = read_flags(given, spelled=_spelled, extra="hf", further=(SETTING,))
+        tickets = take_sup_tickets(options, given, spelled=_spelled)
         check_settings(options, given, spelled=_spelled)
-        return options
+        return options if tickets is None else {**options, SETTING: tickets}
 
 
 def _spelled(name: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -18,6 +18,8 @@ from ast_plugin.config import ASTConfig
 from ast_plugin.elastic_file import ELASTIC
 from ast_plugin.errors import ConfigError, WrapError
 from ast_plugin.integrations.around import Around
+from ast_plugin.integrations.family.sup_tickets import SupTickets
+from ast_plugin.integrations.family.sup_tickets_hosts import recompute_once
 from ast_plugin.integrations.transformers.card import write_card
 from ast_plugin.integrations.transformers.evaluation import evaluate_each
 from ast_plugin.integrations.transformers.saving import save_sub_nets
@@ -32,12 +34,19 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("ast_plugin.transformers")
 
 
-def attach(trainer: Trainer, config: ASTConfig | None = None, **options: Unpack[ASTOptions]) -> ASTCallback:
+def attach(
+    trainer: Trainer,
+    config: ASTConfig | None = None,
+    *,
+    sup_tickets: SupTickets | int | None = None,
+    **options: Unpack[ASTOptions],
+) -> ASTCallback:
     """Have a Trainer of any subclass train sub-nets, as with an `ASTCallback` among its callbacks.
 
     Args:
         trainer: The Trainer; it has not trained yet.
         config: All settings as one object, instead of `options`.
+        sup_tickets: Tickets at the end of the run, or how many.
         **options: The settings of `ASTConfig` by name, for example ``sparsities=(0.9, 0.95)``.
 
     Returns:
@@ -56,7 +65,7 @@ def attach(trainer: Trainer, config: ASTConfig | None = None, **options: Unpack[
     """
     from ast_plugin.integrations.transformers.callback import ASTCallback
 
-    return ASTCallback(config, **options).bind(trainer)
+    return ASTCallback(config, sup_tickets=sup_tickets, **options).bind(trainer)
 
 
 class Binding:
@@ -99,6 +108,10 @@ class Binding:
         folder, self._resumed = self._resumed, None
         return folder
 
+    def recompute(self) -> None:
+        """Estimate the BatchNorm statistics of superposed sub-nets from the training data, once there are any."""
+        recompute_once(self._callback.sup_tickets, lambda: _TrainingData(self.trainer), _logger)
+
     def _run(self) -> AlternatingSparseTraining | None:
         """Return the run of the model that the Trainer has now: after training it may have been given another one."""
         ast = self._callback.ast
@@ -129,6 +142,7 @@ class Binding:
         ast = self._run()
         if ast is None:
             return method(*args, **options)
+        self.recompute()
         return evaluate_each(self.trainer, ast, method, *args, **options)
 
     def _determine_best(self, method: Callable[..., bool], *args: Any, **options: Any) -> bool:
@@ -139,6 +153,7 @@ class Binding:
     def _save_checkpoint(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
         if self._callback.ast is not None:
             self._callback.ast.synchronize_normalization()
+            self.recompute()
         self._in_checkpoint = True
         try:
             return method(*args, **options)
@@ -174,6 +189,24 @@ class Binding:
         if ast is not None and self.trainer.args.should_save:
             write_card(ast, self.trainer.args.output_dir)
         return result
+
+
+class _TrainingData:
+    """The batches of a Trainer's training data, as often as they are asked for; from a loader of their own.
+
+    The one of the training loop may be in the middle of an epoch.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._loader = trainer.get_train_dataloader()
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._loader
+        finally:
+            end = getattr(self._loader, "end", None)  # accelerate's, which a loop that stops early would leave open
+            if callable(end):
+                end()
 
 
 def calling_trainer(callback: TrainerCallback) -> Trainer | None:

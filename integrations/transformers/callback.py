@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -23,6 +23,9 @@ from transformers.training_args import TrainingArguments
 from ast_plugin.attachment import is_attached
 from ast_plugin.config import ASTConfig
 from ast_plugin.errors import ActivationError, ConfigError, StateError, WrapError
+from ast_plugin.integrations.family.sup_tickets import SupTickets
+from ast_plugin.integrations.family.sup_tickets_flags import SETTING, sup_tickets_of
+from ast_plugin.integrations.family.sup_tickets_hosts import further_versions
 from ast_plugin.integrations.metric_names import check_metric
 from ast_plugin.integrations.transformers.binding import Binding, calling_trainer, check_trainer
 from ast_plugin.integrations.transformers.examples import example_inputs
@@ -50,11 +53,13 @@ class ASTCallback(TrainerCallback):
         resume_plain: Whether a checkpoint without sub-nets may be resumed: they start from its weights, and have the
             steps that are left.
         plugins: Plugin objects for this run, asked before the choice of weights for Hugging Face's models.
+        sup_tickets: Tickets at the end of the run, or how many; a mapping of their settings by name will do as well.
         **options: The settings of `ASTConfig` by name, and plugin objects by other names, as in `ast_plugin.wrap`.
             ``seed`` is the Trainer's unless given.
 
     Attributes:
         ast: The controller of the run; None until training begins.
+        sup_tickets: Its tickets, if it has any.
 
     Raises:
         ConfigError: If a setting is out of range or unknown.
@@ -69,12 +74,15 @@ class ASTCallback(TrainerCallback):
         *,
         resume_plain: bool = False,
         plugins: Sequence[object] = (),
+        sup_tickets: SupTickets | Mapping[str, Any] | int | None = None,
         **options: Unpack[ASTOptions],
     ) -> None:
         if not isinstance(resume_plain, bool):
             raise ConfigError(f"resume_plain must be True or False, got {resume_plain!r}")
         self.ast: AlternatingSparseTraining | None = None
-        given, self._keywords = plugin_keywords(options, ASTOptions.__annotations__)
+        given, keywords = plugin_keywords(options, ASTOptions.__annotations__)
+        self.sup_tickets = None if sup_tickets is None else sup_tickets_of(sup_tickets, SETTING)
+        self._keywords = keywords if self.sup_tickets is None else {**keywords, SETTING: self.sup_tickets}
         method = given.get("method")
         self._method = method if isinstance(method, Method) else None
         self._config = settings_of(config, given)
@@ -183,6 +191,9 @@ class ASTCallback(TrainerCallback):
         """
         if self.ast is None:
             return
+        if self._binding is not None:
+            self._binding.recompute()
+        superposed = bool(further_versions(self.ast))
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             found = read_state(state.best_model_checkpoint)
             if found is None:
@@ -192,6 +203,11 @@ class ASTCallback(TrainerCallback):
                 )
             ensure_weights(self.ast.model, state.best_model_checkpoint, found.weights)
             self.ast.load_state_dict(found.run)
+            if superposed and not further_versions(self.ast):
+                _logger.warning(
+                    f"The best checkpoint, {state.best_model_checkpoint}, is from before the end, and so are its "
+                    "sub-nets: those that sup_tickets made are gone; load_best_model_at_end=False keeps them"
+                )
         self.ast.finish()
         self._finished = True
         self.ast.refuse_training(
@@ -225,7 +241,7 @@ class ASTCallback(TrainerCallback):
                     optimizer=optimizer,
                     plugins=self._plugins,
                     keywords=self._keywords,
-                    known_method=self._method is not None,
+                    method=self._method,
                     closure=False,
                 )
             self._binding = Binding(trainer, self)
@@ -253,7 +269,9 @@ class ASTCallback(TrainerCallback):
                 f"{folder!r} has no {STATE}: it is a checkpoint without sub-nets; pass resume_plain=True to have them "
                 "start from its weights, or resume from another one"
             )
-        if folder is not None and found is not None:
+        # A checkpoint has an ordinary model's weights, and one that a method takes over is none before.
+        late = self._method is not None and self._method.take_over is not None
+        if folder is not None and found is not None and not late:
             ensure_weights(model, folder, found.weights)
         left = state.max_steps if found is not None else state.max_steps - state.global_step
         if left < 1:
@@ -274,7 +292,9 @@ class ASTCallback(TrainerCallback):
         example = functools.partial(example_inputs, trainer)
         ast = wrap(optimizer, model, outermost=called, plugins=self._plugins, example_inputs=example, **options)
         try:
-            if found is not None:
+            if folder is not None and found is not None:
+                if late:
+                    ensure_weights(model, folder, found.weights)
                 ast.load_state_dict(found.run)
             elif folder is not None:  # what was best had no sub-nets
                 state.best_metric = state.best_model_checkpoint = None

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import Trainer
 
+from ast_plugin.integrations.family.sup_tickets_hosts import further_versions
 from ast_plugin.training import AlternatingSparseTraining
 
 _PREFIX = "metric_key_prefix"
@@ -43,7 +44,8 @@ def evaluate_each(
 
     Returns:
         The default sub-net's metrics under the Trainer's names (``eval_loss``), then those of each sub-net
-        (``eval_s90_loss``) with its sparsity (``eval_s90_sparsity``, in [0, 1]). Inside ``with sub_net(...)`` the
+        (``eval_s90_loss``) with its sparsity (``eval_s90_sparsity``, in [0, 1]), and those of further versions of the
+        sub-nets, where there are any (``eval_s90_superposed_loss``). Inside ``with sub_net(...)`` the
         metrics of that one, under the Trainer's names.
     """
     given = args[0] if args else options.get("eval_dataset")
@@ -61,7 +63,16 @@ def evaluate_each(
                 figures = _call(evaluate, args, options, own, place)
             by_sub_net[name] = _without_prefix({**logged, **figures}, own, prefix)
             logged.clear()
-    metrics = merged(prefix, ast, by_sub_net)
+        metrics = merged(prefix, ast, by_sub_net)
+        for version in further_versions(ast):
+            with ast.version(version):
+                for name in ast.sub_nets:
+                    own = f"{prefix}_{name}_{version}"
+                    with ast.sub_net(name):
+                        figures = _call(evaluate, args, options, own, place)
+                    found = _without_prefix({**logged, **figures}, own, prefix)
+                    logged.clear()
+                    metrics |= _of_sub_net(prefix, ast, name, found, f"{name}_{version}")
     trainer.log(metrics)
     trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
     return metrics
@@ -79,13 +90,22 @@ def merged(
     """
     metrics = {f"{prefix}_{metric}": value for metric, value in by_sub_net[ast.default_sub_net].items()}
     for name in ast.sub_nets:
-        for metric, value in by_sub_net[name].items():
-            if _OF_THE_LOOP.fullmatch(metric):
-                continue
-            metrics[f"{prefix}_{name}_{metric}"] = value
-            if isinstance(value, numbers.Real):
-                ast.add_report_metric(f"{prefix}_{metric}".removeprefix("eval_"), float(value), sub_net=name)
-        metrics.setdefault(f"{prefix}_{name}_sparsity", ast.masks.sparsity(name))  # unless it is a metric of the user's
+        metrics |= _of_sub_net(prefix, ast, name, by_sub_net[name], name)
+    return metrics
+
+
+def _of_sub_net(
+    prefix: str, ast: AlternatingSparseTraining, name: str, figures: Mapping[str, float], called: str
+) -> dict[str, float]:
+    """Return the metrics of one sub-net by the names that they are logged under, and note them."""
+    metrics = {}
+    for metric, value in figures.items():
+        if _OF_THE_LOOP.fullmatch(metric):
+            continue
+        metrics[f"{prefix}_{called}_{metric}"] = value
+        if isinstance(value, numbers.Real):
+            ast.add_report_metric(f"{prefix}_{metric}".removeprefix("eval_"), float(value), sub_net=name)
+    metrics.setdefault(f"{prefix}_{called}_sparsity", ast.masks.sparsity(name))  # unless it is a metric of the user's
     return metrics
 
 

@@ -25,6 +25,9 @@ def save_sub_nets(
 ) -> list[Path]:
     """Write the sub-nets beside the saved model: ``elastic.safetensors``, and ``ast_config.json`` for programs.
 
+    Of a run with superposed sub-nets (`ast_plugin.integrations.family.SupTickets`) it writes those, and the last ones
+    as ``elastic_last.safetensors``.
+
     A Trainer with an `ASTCallback` calls this itself; in a loop of your own call it after
     ``model.save_pretrained(folder)``. As for `AlternatingSparseTraining.save`, call it on one rank; where parameters
     are sharded, on all.

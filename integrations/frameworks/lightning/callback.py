@@ -181,7 +181,7 @@ class ASTCallback(pl.Callback):
             optimizer=optimizer_of(trainer, network),
             plugins=self._plugins,
             keywords=self._keywords,
-            known_method=self._method is not None,
+            method=self._method,
             closure=gives_closures(trainer),
         )
         if trainer.ckpt_path is not None and self._loaded is None and not self._resume_plain:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch_pruning as tp
 from attention_networks import gated, gated_groups, separate_attention, separate_attention_groups
 from channel_networks import channel_group
 from residual_networks import residual_groups, residual_net, token_groups, token_net
@@ -17,14 +18,11 @@ from torch import Tensor, nn
 
 from ast_plugin.channels import ChannelGroup, ChannelGroups
 from ast_plugin.errors import ConfigError, MissingExtraError
+from ast_plugin.integrations.frameworks.torch_pruning import from_importance
+from ast_plugin.integrations.frameworks.torch_pruning_groups import stand_in_group, torch_pruning
 from ast_plugin.methods import ChannelScoreInputs
 
 pytestmark = pytest.mark.extra("channels")
-
-tp = pytest.importorskip("torch_pruning")
-
-from ast_plugin.integrations.frameworks.torch_pruning import from_importance  # noqa: E402  # needs the package above
-from ast_plugin.integrations.frameworks.torch_pruning_groups import stand_in_group, torch_pruning  # noqa: E402
 
 
 class SqueezeExcite(nn.Module):

@@ -1,0 +1,50 @@
+"""The rows of `accuracy.py` on sup-tickets: methods with and without cycles, single nets and an alternating run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from accuracy_row import Row, options
+from accuracy_runs import FINAL, SUPERPOSED, SUPERPOSED_RECALIBRATED
+
+
+def _tickets(**settings: Any) -> dict[str, Any]:
+    return {"mechanisms": {"sup_tickets": settings}}
+
+
+def rows_of_tickets() -> Iterator[Row]:
+    """Yield, for each method, for single nets and for one alternating run: without cycles, and what these change."""
+    shown = (
+        ("", FINAL, "the last ticket"),
+        ("-avg", SUPERPOSED, "superposed, BatchNorm averaged"),
+        ("-bn", SUPERPOSED_RECALIBRATED, "superposed, BatchNorm estimated anew"),
+    )
+    for method in ("granet", "rigl", "set"):
+        for alone, words in ((True, "single"), (False, "alternating")):
+            name, text = f"{method}-{'1' if alone else '3'}", f"{method}, {words}"
+            method_changes = {} if method == "granet" else options(method=method)
+            common: dict[str, Any] = {"alone": alone, "tasks": ("digits",)}
+            yield Row(name=name, table="tickets", changes=method_changes, text=text, **common)
+            for short, settings, cycles in (("tk", {}, "explore .5"), ("tk0", {"explore": 0.0}, "explore 0")):
+                changes = {**method_changes, **_tickets(**settings)}
+                for ending, readout, what in shown:
+                    yield Row(
+                        name=f"{name}-{short}{ending}",
+                        table="ticket_gains",
+                        changes=changes,
+                        readout=readout,
+                        reference=name,
+                        text=f"{text}, {cycles}: {what}",
+                        **common,
+                    )
+    for ending, readout, what in shown:
+        yield Row(
+            name=f"granet-3-tk.1{ending}",
+            table="ticket_gains",
+            changes=_tickets(lr=[0.02, 0.1]),
+            readout=readout,
+            reference="granet-3",
+            tasks=("digits",),
+            text=f"granet, alternating, explore .5, rate .02 to .1: {what}",
+        )

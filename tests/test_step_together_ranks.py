@@ -1,0 +1,20 @@
+"""Steps that train several sub-nets on two ranks: equal to one process, identical masks and BatchNorm parameters."""
+
+from __future__ import annotations
+
+import pytest
+from ranks import run_checks
+from together_checks import CHECKS
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run_checks("together_checks", tmp_path_factory.mktemp("together"))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_two_ranks(results: dict[str, str], name: str) -> None:
+    assert results.get("launch", "ok") == "ok"
+    assert results[name] == "ok"
