@@ -132,6 +132,28 @@ class ChannelGroup:
         """Return the axes that have one of these roles."""
         return tuple(axis for axis in self.axes if axis.role in roles)
 
+    def misfit(self, shapes: Mapping[str, Sequence[int]], modules: Mapping[str, object]) -> str | None:
+        """Return why the group is none of a model, in words that follow its name; None where it is one.
+
+        Args:
+            shapes: The shapes of the model's parameters and buffers, by name.
+            modules: Its modules by path, empty for the model itself.
+        """
+        for axis in self.axes:
+            if axis.tensor not in shapes:
+                return f"concerns {axis.tensor!r}, which the model lacks"
+            try:
+                axis.check(self.units, shapes[axis.tensor])
+            except StateError as error:
+                return f"does not fit: {error}"
+        for number in self.attributes:
+            found = getattr(modules.get(number.module), number.name, None)
+            if found != number.per_unit * self.units:
+                module = repr(number.module) if number.module else "the model"
+                wanted = number.per_unit * self.units
+                return f"expects {number.name} of {module} to be {wanted}, and it is {found!r}"
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         """Return the group as plain containers, for files."""
         group = dataclasses.asdict(self)

@@ -142,7 +142,7 @@ def run_report(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     """Write one sub-net as a state dict, or as a folder like the one that the model was saved in."""
-    check_form(args.form)
+    check_form(args.form, args.multiple)
     if args.file.is_dir() and args.to.suffix.lower() not in SUFFIXES:
         return _export_folder(args)
     contents = read_elastic(args.file)

@@ -21,7 +21,7 @@ from ast_plugin.patterns import BlockPattern, parse_pattern
 from ast_plugin.plain_model import plain_copy
 from ast_plugin.sliced_model import check_dropped, check_multiple, rounded_up, slice_model
 from ast_plugin.slots import plain_name
-from ast_plugin.sub_nets import is_number
+from ast_plugin.sub_nets import check_sub_net, is_number
 
 FORMS = ("auto", "dense", "sliced", "csr", "bsr", "2:4")
 _BLOCK_SIZE = 8
@@ -88,11 +88,10 @@ def compile_sub_net(
         ActivationError: If a form changes the outputs on the example inputs, or would: weights of a channel sub-net
             were changed since it was loaded, and read dropped units.
     """
-    if name not in tuple(source.records):
-        raise ConfigError(f"unknown sub-net {name!r}: {near_names(str(name), source.records)}")
+    check_sub_net(name, source.records)
     if form not in FORMS:
         raise ConfigError(f"unknown form {form!r}: {near_names(str(form), FORMS)}")
-    check_multiple(multiple)
+    check_multiple(multiple, form)
     if not is_number(seconds) or not 0 < seconds < float("inf"):
         raise ConfigError(f"seconds must be a number above 0, got {seconds!r}")
     edge = _block_size(source.records[name]) if block_size is None else block_size

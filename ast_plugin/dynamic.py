@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from ast_plugin.dynamic_choice import checked_budget, chosen_sub_nets, ranked
+from ast_plugin.dynamic_choice import check_yes_or_no, checked_budget, chosen_sub_nets, ranked
 from ast_plugin.dynamic_policy import Decision, Hysteresis, Policy
 from ast_plugin.dynamic_report import REMEMBERED, Counters, DynamicReport, Switch
 from ast_plugin.errors import BudgetError, ConfigError
-from ast_plugin.profiles import Build, SubNets, check_counts, compiler, form_of, measured, profile_of
+from ast_plugin.profiles import Build, SubNets, check_counts, check_functions, compiler, form_of, measured, profile_of
 from ast_plugin.profiles_measure import Clock, Runnable, memory_bytes, share_memory, waiting
 from ast_plugin.profiles_records import Profile
 from ast_plugin.report_format import decimal
@@ -89,7 +89,7 @@ class DynamicInference:
 
     Raises:
         ConfigError: If the budget is no number above 0, a sub-net or metric is unknown, there is nothing to measure on,
-            or another argument is out of range.
+            or another argument is out of range or of another kind.
         BudgetError: If `strict`, and the fastest sub-net exceeds the budget.
 
     Attributes:
@@ -122,6 +122,10 @@ class DynamicInference:
                 "a profile that was measured before"
             )
         check_counts(runs=runs, warmup=warmup)
+        check_yes_or_no(strict=strict, share=share)
+        if greater_is_better is not None:
+            check_yes_or_no(greater_is_better=greater_is_better)
+        check_functions(build=build, clock=clock)
         if not isinstance(hysteresis, Hysteresis | None):
             raise ConfigError(f"hysteresis must be a Hysteresis(...), got {hysteresis!r}")
         self._ask = budget_ms if callable(budget_ms) else None

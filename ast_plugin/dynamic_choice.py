@@ -59,6 +59,20 @@ def ranked(records: Mapping[str, StoredSubNet], metric: str | None, greater_is_b
     return order
 
 
+def check_yes_or_no(**values: bool) -> None:
+    """Refuse what is neither True nor False: a text such as ``"no"`` would count as yes.
+
+    Args:
+        **values: By the name of the parameter.
+
+    Raises:
+        ConfigError: If one is something else.
+    """
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be True or False, got {value!r}")
+
+
 def checked_budget(value: Any) -> float:
     """Return a budget in milliseconds as a float.
 

@@ -35,8 +35,9 @@ from ast_plugin.elastic_channels import check_channel, stored_groups, stored_uni
 from ast_plugin.elastic_contents import ElasticContents
 from ast_plugin.elastic_file import read_elastic
 from ast_plugin.elastic_fit import ModelTensors, check_fit, file_names
-from ast_plugin.errors import ActivationError, ConfigError, WrapError, near_names
+from ast_plugin.errors import ActivationError, ConfigError, WrapError
 from ast_plugin.files import file_path
+from ast_plugin.sub_nets import check_sub_net
 
 # The token of the last Elastic of each model: two would take each other's tensors for the model's own.
 _current: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
@@ -153,7 +154,7 @@ class Elastic:
         Raises:
             ConfigError: If there is no such sub-net, or it is none of pattern ``channel``.
         """
-        self._check_sub_net(name)
+        check_sub_net(name, self.sub_nets)
         check_channel(self.path, self.records[name], self._groups)
         return {group: flags.clone() for group, flags in self._units[name].items()}
 
@@ -165,7 +166,7 @@ class Elastic:
             ActivationError: If tensors of the model were taken away or reshaped since it was loaded, another file was
                 loaded into it, or it is being trained by `ast_plugin.wrap`. Nothing has changed then.
         """
-        self._check_sub_net(name)
+        check_sub_net(name, self.sub_nets)
         self._check_current()
         if name == self._active:
             return
@@ -214,7 +215,7 @@ class Elastic:
             ConfigError: If there is no such sub-net.
             ActivationError: As for `switch`.
         """
-        self._check_sub_net(name)
+        check_sub_net(name, self.sub_nets)
         self._check_current()
         self._follow_model()
         own = dict(zip(self._swapped, self._own[name], strict=True))
@@ -274,10 +275,6 @@ class Elastic:
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *accessor_names()})
-
-    def _check_sub_net(self, name: str) -> None:
-        if name not in self.sub_nets:
-            raise ConfigError(f"unknown sub-net {name!r}: {near_names(str(name), self.sub_nets)}")
 
     def _check_current(self) -> None:
         if _current.setdefault(self.model, self._token) is not self._token:  # a copied model has no owner yet

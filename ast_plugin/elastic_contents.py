@@ -13,6 +13,7 @@ from torch import Tensor
 from ast_plugin.errors import ConfigError, near_names
 from ast_plugin.mask_forms import unpack_bits
 from ast_plugin.masks import MaskStore
+from ast_plugin.sub_nets import check_sub_net
 
 _KINDS = ("masked", "private", "whole", "alias")
 
@@ -229,8 +230,7 @@ class ElasticContents:
 
     def check_sub_net(self, name: str) -> None:
         """Raise a `ConfigError` that offers the near names unless the file holds a sub-net `name`."""
-        if name not in self.sub_nets:
-            raise ConfigError(f"{self.path!r} holds no sub-net {name!r}; {near_names(str(name), self.sub_nets)}")
+        check_sub_net(name, self.sub_nets, where=repr(self.path))
 
     def _union(self, name: str) -> Tensor:
         masks = [self._tensors[tensor_key("mask", name, sub_net)] for sub_net in self.sub_nets]

@@ -71,7 +71,7 @@ def export_state_dict(
         raise ConfigError(
             f"path must end in .safetensors, .pt or .pth, got {os.fspath(path)!r}; the suffix chooses the format"
         )
-    check_form(form)
+    check_form(form, multiple)
     check_trained(source, name, allow_untrained)
     state = {plain_name(key): tensor.detach() for key, tensor in source.materialize(name).items()}
     sizes: dict[str, Any] | None = None
@@ -129,7 +129,7 @@ def export_model(
         ElasticFileError: If the sub-net does not fit the model.
         ActivationError: If it is to be sliced, and its weights were changed so that they read dropped units.
     """
-    check_form(form)
+    check_form(form, multiple)
     check_trained(source, name, allow_untrained)
     plain = plain_copy(model, name, source.materialize(name))
     return sliced_copy(source, name, plain, multiple) if form == "sliced" else plain

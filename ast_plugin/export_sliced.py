@@ -20,7 +20,7 @@ from ast_plugin.elastic_channels import check_channel, stored_groups, stored_uni
 from ast_plugin.elastic_contents import ElasticContents
 from ast_plugin.errors import ConfigError, ElasticFileError, near_names
 from ast_plugin.files import atomic_write_text
-from ast_plugin.sliced_model import check_dropped, rounded_up, slice_model, sliced_sizes
+from ast_plugin.sliced_model import check_dropped, check_multiple, rounded_up, slice_model, sliced_sizes
 from ast_plugin.slots import plain_name
 
 FORMS = ("dense", "sliced")
@@ -62,10 +62,19 @@ def shrink(model: nn.Module, sizes: dict[str, Any]) -> nn.Module:
     return model
 
 
-def check_form(form: str) -> None:
-    """Raise a `ConfigError` that offers the near names unless `form` is one of `FORMS`."""
+def check_form(form: str, multiple: int = 1) -> None:
+    """Make sure that a form is one of `FORMS`, and that a multiple goes with it.
+
+    Args:
+        form: How a sub-net is to be written.
+        multiple: As in `ast_plugin.sliced_model.rounded_up`.
+
+    Raises:
+        ConfigError: If the form is another one, or has no use for the multiple; the message has the near names.
+    """
     if form not in FORMS:
         raise ConfigError(f"unknown form {form!r}: {near_names(str(form), FORMS)}")
+    check_multiple(multiple, form)
 
 
 def channels_of(source: Any, name: str, multiple: int = 1) -> tuple[ChannelGroups, Mapping[str, Tensor]]:

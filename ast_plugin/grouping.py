@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from ast_plugin.channel_search import example_inputs_of, find_groups
 from ast_plugin.channels import ChannelGroup, ChannelGroups
-from ast_plugin.errors import ConfigError, SelectionError, StateError
+from ast_plugin.errors import ConfigError, SelectionError
 from ast_plugin.parameters import ParameterChoice
 from ast_plugin.patterns import Pattern
 
@@ -96,23 +96,23 @@ def _check_given(groups: object, model: nn.Module, prunable: Collection[str]) ->
     twice = [name for name, count in Counter(group.name for group in groups.groups).items() if count > 1]
     if twice:
         raise ConfigError(f"groups names two groups {twice[0]!r}; give every group a name of its own")
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    modules = dict(model.named_modules())
+    shapes = {name: tensor.shape for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     seen: set[tuple[str, int]] = set()
     for group in groups.groups:
         for axis in group.axes:
-            if axis.tensor not in tensors:
-                raise ConfigError(f"groups: {group.name!r} names {axis.tensor!r}, which the model does not have")
             if (axis.tensor, axis.dim) in seen:
                 raise ConfigError(f"groups: dimension {axis.dim} of {axis.tensor!r} is in two groups, or twice in one")
             seen.add((axis.tensor, axis.dim))
-            try:
-                axis.check(group.units, tensors[axis.tensor].shape)
-            except StateError as error:
-                raise ConfigError(f"groups: {group.name!r}: {error}") from None
-        _check_group(group, model, prunable)
+        wrong = group.misfit(shapes, modules)
+        if wrong is not None:
+            raise ConfigError(f"groups: {group.name!r} {wrong}")
+        _check_group(group, model, modules, prunable)
 
 
-def _check_group(group: ChannelGroup, model: nn.Module, prunable: Collection[str]) -> None:
+def _check_group(
+    group: ChannelGroup, model: nn.Module, modules: Mapping[str, nn.Module], prunable: Collection[str]
+) -> None:
     if not group.axes_of("out") or not group.axes_of("in"):
         raise ConfigError(f"groups: {group.name!r} needs weights that make its units and weights that read them")
     for axis in group.axes_of("in"):
@@ -121,7 +121,6 @@ def _check_group(group: ChannelGroup, model: nn.Module, prunable: Collection[str
                 f"groups: {group.name!r} is read by {axis.tensor!r}, which is not pruned, so its units cannot be "
                 "dropped; include that weight, or leave the group out"
             )
-    modules = dict(model.named_modules())
     named = {axis.tensor for axis in group.axes}
     for axis in group.axes_of("out"):
         path, _, _ = axis.tensor.rpartition(".")
@@ -135,11 +134,4 @@ def _check_group(group: ChannelGroup, model: nn.Module, prunable: Collection[str
             raise ConfigError(
                 f"groups: {group.name!r} is made by {axis.tensor!r} and leaves {beside!r} whole, which is added to "
                 f"what is left; add GroupAxis(tensor={beside!r}, dim=0, role='state', parts={axis.parts})"
-            )
-    for attribute in group.attributes:
-        value = getattr(modules.get(attribute.module), attribute.name, None)
-        if value != attribute.per_unit * group.units:
-            raise ConfigError(
-                f"groups: {group.name!r} expects {attribute.module}.{attribute.name} to be "
-                f"{attribute.per_unit * group.units}, and it is {value!r}"
             )

@@ -8,7 +8,6 @@ user's optimizer moves all of them, and whatever it counts or measures over all 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ class Guests:
     def __init__(self, normalization: PrivateNormalization) -> None:
         self._normalization = normalization
         self._guests: dict[str, dict[str, nn.Parameter]] = {}
-        self._groups: list[tuple[dict[str, Any], list[Tensor]]] = []
+        self._lists: list[tuple[list[Tensor], int]] = []  # of every parameter group, with their ordinary lengths
 
     def hand_over(self, optimizer: torch.optim.Optimizer, sub_net: str, gradients: Gradients) -> None:
         """Have the parameters of one sub-net in the model, and those of others beside them, in the optimizer.
@@ -41,11 +40,11 @@ class Guests:
         """
         self._normalization.hand_over(optimizer, sub_net)
         others = {name: found for name, found in gradients.items() if name != sub_net}
-        if not others or self._groups:
+        if not others or self._lists:
             return
         owners = self._normalization.owners()
         beside: dict[int, list[nn.Parameter]] = {id(owner): [] for owner in owners.values()}
-        self._groups = [(group, group["params"]) for group in optimizer.param_groups]
+        self._lists = [(group["params"], len(group["params"])) for group in optimizer.param_groups]
         for name, found in others.items():
             waiting = self._normalization.waiting(optimizer, name)
             self._guests[name] = {key: nn.Parameter(tensor) for key, (tensor, _) in waiting.items() if key in found}
@@ -55,15 +54,14 @@ class Guests:
                 if entry is not None:
                     optimizer.state[guest] = entry
                 beside[id(owners[key])].append(guest)
-        for group, parameters in self._groups:
-            joining = [guest for parameter in parameters for guest in beside.get(id(parameter), ())]
-            group["params"] = [*parameters, *joining]
+        for parameters, _ in self._lists:  # in place: some optimizers keep the list
+            parameters += [guest for parameter in parameters for guest in beside.get(id(parameter), ())]
 
     def take_back(self, optimizer: torch.optim.Optimizer) -> None:
         """Undo `hand_over`, keeping what the optimizer changed; does nothing when nothing is handed over."""
-        while self._groups:  # again where an interrupt had cut it off
-            for group, parameters in self._groups:
-                group["params"] = parameters
+        if self._lists:  # again from the start where an interrupt had cut it off
+            for parameters, length in self._lists:
+                del parameters[length:]
             for name, guests in self._guests.items():
                 known = {key: optimizer.state[guest] for key, guest in guests.items() if guest in optimizer.state}
                 self._normalization.note_entries(name, known)
@@ -71,5 +69,5 @@ class Guests:
                 for guest in guests.values():
                     optimizer.state.pop(guest, None)
             self._guests = {}
-            self._groups = []
+            self._lists = []
         self._normalization.take_back(optimizer)

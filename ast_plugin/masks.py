@@ -20,6 +20,7 @@ from torch import Tensor
 from ast_plugin.errors import ConfigError, StateError, near_names
 from ast_plugin.kept import POSITIONS_UP_TO
 from ast_plugin.mask_forms import BitMask, CutMask, HeldMask, as_mask, pack_bits, unpack_bits
+from ast_plugin.sub_nets import check_sub_net
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,10 +271,8 @@ class MaskStore:
         return digest.hexdigest()
 
     def _of(self, sub_net: str) -> dict[str, HeldMask]:
-        try:
-            return self._masks[sub_net]
-        except KeyError:
-            raise ConfigError(f"unknown sub-net {sub_net!r}: {near_names(str(sub_net), self.sub_nets)}") from None
+        check_sub_net(sub_net, self.sub_nets)
+        return self._masks[sub_net]
 
     def _wanted(self, parameter: str | None) -> tuple[str, ...]:
         if parameter is None:

@@ -98,6 +98,7 @@ def profile(
         if form not in KNOWN_FORMS:
             raise ConfigError(f"unknown form {form!r}: {near_names(str(form), KNOWN_FORMS)}")
     check_counts(runs=runs, warmup=warmup, num_threads=num_threads)
+    check_functions(build=build, clock=clock)
     make = build or compiler(elastic, example_inputs)
     records: list[ProfileRecord] = []
     left_out: list[LeftOut] = []
@@ -239,6 +240,20 @@ def _flops(network: Runnable, example_inputs: Any) -> int | None:
         return count_flops(network, (), example_inputs).total
     except ConfigError:  # it has run before: something in it cannot be watched, such as a graph
         return None
+
+
+def check_functions(**functions: Callable[..., Any] | None) -> None:
+    """Refuse what cannot be called.
+
+    Args:
+        **functions: By the name of the parameter; `build` may be None.
+
+    Raises:
+        ConfigError: If one is something else.
+    """
+    for name, value in functions.items():
+        if not callable(value) and not (value is None and name == "build"):
+            raise ConfigError(f"{name} must be a function, got {value!r}")
 
 
 def check_counts(**counts: int | None) -> None:

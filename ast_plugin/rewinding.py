@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ast_plugin.activation import Activation, Form
+from ast_plugin.anchors import Anchors
 from ast_plugin.errors import ActivationError
 from ast_plugin.sliced_tensors import Small
 
@@ -59,6 +60,7 @@ class RewindableActivation:
         watched: How many of them, from the first, nobody writes to while a sub-net is on.
         revision: Returns a number that rises when a mask of the sub-net changes.
         sharded: Whether parameters are sharded: graphs gather them anew, and nothing can be brought back.
+        anchors: The modules that hold what it writes to; None where nobody looks after them.
 
     Attributes:
         compiled: Whether the last forward was compiled or traced.
@@ -72,8 +74,10 @@ class RewindableActivation:
         revision: Callable[[str], int],
         *,
         sharded: bool = False,
+        anchors: Anchors | None = None,
     ) -> None:
         self._inner = inner
+        self._anchors = anchors
         self._slots = slots
         self._watched = watched
         self._revision = revision
@@ -105,11 +109,18 @@ class RewindableActivation:
             return
         self.take_off()
         self._resume = None  # an interrupt may have come after the taking off
+        if self._anchors is not None:
+            self._anchors.check()
         self._notice_writes()
         self._inner.put_on(sub_net, form)
         self._put_on = self._versions()
         self._episodes += 1
         self._episode = self._episodes
+
+    def check_tensors(self) -> None:
+        """Raise an `ActivationError` if a tensor that changes with the sub-net is no longer in the model."""
+        if self._anchors is not None:
+            self._anchors.check_tensors()
 
     def take_off(self) -> None:
         """Give the model its dense weights back; does nothing when it has them."""

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ast_plugin.errors import ConfigError, StateError, near_names
+from ast_plugin.errors import StateError
 from ast_plugin.mask_forms import CutMask, as_mask, pack_bits, unpack_bits
 from ast_plugin.masks import MaskStore
 from ast_plugin.selection_kernels import count_kept
 from ast_plugin.sharding import add_over_ranks, full, is_sharded, layout_of, local_part
+from ast_plugin.sub_nets import check_sub_net
 
 
 class ShardedMasks(MaskStore):
@@ -67,7 +68,7 @@ class ShardedMasks(MaskStore):
         Raises:
             ConfigError: If there is no such sub-net or parameter, or a mask has another dtype or shape.
         """
-        self._check_sub_net(sub_net)
+        check_sub_net(sub_net, self.sub_nets)
         whole = {name: as_mask(mask) for name, mask in masks.items()}
         for name, mask in whole.items():
             self._check_mask(sub_net, name, mask)
@@ -96,7 +97,7 @@ class ShardedMasks(MaskStore):
 
     def kept(self, sub_net: str, parameter: str | None = None) -> int:
         """Return how many weights a sub-net keeps on all ranks together, of one parameter or of all."""
-        self._check_sub_net(sub_net)
+        check_sub_net(sub_net, self.sub_nets)
         return sum(self._counts[sub_net][name] for name in self._wanted(parameter))
 
     def total(self, parameter: str | None = None) -> int:
@@ -105,7 +106,7 @@ class ShardedMasks(MaskStore):
 
     def overlap(self, a: str, b: str) -> float:
         """Return the share of the weights kept by `a` that `b` keeps too, in [0, 1]; 0 if `a` keeps none."""
-        self._check_sub_net(b)
+        check_sub_net(b, self.sub_nets)
         kept = self.kept(a)
         if a == b or not kept:
             return float(kept > 0)
@@ -132,7 +133,7 @@ class ShardedMasks(MaskStore):
             ConfigError: If there is no such sub-net.
             StateError: If a parameter is missing or unknown, or a mask does not fit. No mask has changed then.
         """
-        self._check_sub_net(sub_net)
+        check_sub_net(sub_net, self.sub_nets)
         if set(packed) != set(self.shapes):
             raise StateError(
                 f"masks of sub-net {sub_net!r} are those of {len(packed)} parameters, this model has "
@@ -168,15 +169,11 @@ class ShardedMasks(MaskStore):
         """Return a hash of what this rank has decided: the whole masks that were set, before they were divided."""
         digest = hashlib.sha256()
         for name in self.sub_nets if sub_net is None else (sub_net,):
-            self._check_sub_net(name)
+            check_sub_net(name, self.sub_nets)
             for parameter in self.parameters:
                 decided = self._decided[name].get(parameter, "")
                 digest.update(f"{parameter}\0{self.shapes[parameter]}\0{decided}\0".encode())
         return digest.hexdigest()
-
-    def _check_sub_net(self, sub_net: str) -> None:
-        if sub_net not in self._counts:
-            raise ConfigError(f"unknown sub-net {sub_net!r}: {near_names(str(sub_net), self.sub_nets)}")
 
 
 def _digest(mask: Tensor) -> str:

@@ -67,10 +67,23 @@ def rounded_up(groups: ChannelGroups, kept: Mapping[str, Tensor], multiple: int)
     return found
 
 
-def check_multiple(multiple: int) -> None:
-    """Raise a `ConfigError` unless `multiple` is a whole number of at least 1."""
+def check_multiple(multiple: int, form: str = "sliced") -> None:
+    """Make sure that a multiple is one, and that the form has a use for it.
+
+    Args:
+        multiple: What numbers of channels and hidden units are to be multiples of.
+        form: How the sub-net is computed or written.
+
+    Raises:
+        ConfigError: If it is no whole number of at least 1, or more than 1 in a form that cuts nothing out.
+    """
     if type(multiple) is not int or multiple < 1:
         raise ConfigError(f"multiple must be a whole number of at least 1, such as 8 or 16, got {multiple!r}")
+    if multiple > 1 and form not in ("sliced", "auto"):
+        raise ConfigError(
+            f"multiple={multiple} says how many channels are left where dropped ones are cut out, and form {form!r} "
+            "cuts out none; give form='sliced', or leave multiple out"
+        )
 
 
 def check_dropped(name: str, groups: ChannelGroups, kept: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -149,8 +162,8 @@ def slice_model(model: nn.Module, groups: ChannelGroups, kept: Mapping[str, Tens
         What became smaller, by path of the module.
 
     Raises:
-        ElasticFileError: If the model has no such tensors or numbers, or ties them; it is unchanged then.
-        StateError: If the units do not fill a tensor; it is unchanged then.
+        ElasticFileError: If the model has no such tensors or numbers, or ties them, or the units do not fill a tensor;
+            it is unchanged then.
     """
     modules = {plain_name(path): module for path, module in model.named_modules()}  # of compiled parts the inner one
     cuts = slices(groups.groups, kept)
@@ -189,27 +202,18 @@ def _check(
     names: dict[int, list[str]] = {}
     for name, (slots, attribute) in places.items():
         names.setdefault(id(slots[attribute]), []).append(name)
+    shapes = {name: slots[attribute].shape for name, (slots, attribute) in places.items()}
     for group in groups:
+        wrong = group.misfit(shapes, modules)
+        if wrong is not None:
+            raise ElasticFileError(f"channel group {group.name!r} {wrong}; {remedy}")
         for axis in group.axes:
-            if axis.tensor not in places:
-                raise ElasticFileError(
-                    f"channel group {group.name!r} concerns {axis.tensor!r}, which the model lacks; {remedy}"
-                )
             slots, attribute = places[axis.tensor]
-            axis.check(group.units, slots[attribute].shape)
             others = [name for name in names[id(slots[attribute])] if name != axis.tensor]
             if axis.tensor in cuts and others:
                 raise ElasticFileError(
                     f"channel group {group.name!r} concerns {axis.tensor!r}, which is {others[0]!r} at the same time: "
                     f"tied weights cannot be sliced; {remedy}"
-                )
-        for number in group.attributes:
-            found = getattr(modules.get(number.module), number.name, None)
-            module = repr(number.module) if number.module else "the model"
-            if found != number.per_unit * group.units:
-                raise ElasticFileError(
-                    f"channel group {group.name!r} expects {number.name} of {module} to be "
-                    f"{number.per_unit * group.units}, and it is {found!r}; {remedy}"
                 )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ast_plugin.channels import ChannelGroups, Slice, attribute_values, slices
+from ast_plugin.errors import ActivationError
 from ast_plugin.masks import MaskStore
 
 
@@ -18,6 +19,7 @@ class Place:
     """Where a tensor of the model stands.
 
     Attributes:
+        name: Its name.
         held: The module's own dict of parameters or buffers that holds it.
         attribute: Its name there.
         shadows: For each module that holds it, one as a rule, more where it is tied: the module's ``__dict__``, where a
@@ -25,6 +27,7 @@ class Place:
         is_parameter: Whether it is no buffer.
     """
 
+    name: str
     held: dict[str, Any]
     attribute: str
     shadows: tuple[tuple[dict[str, Any], str], ...]
@@ -32,8 +35,13 @@ class Place:
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor that the model holds right now, of full size."""
-        tensor: Tensor = self.held[self.attribute]
+        """The tensor that the model holds right now, of full size; `ActivationError` if it is gone."""
+        tensor: Tensor | None = self.held.get(self.attribute)
+        if tensor is None:
+            raise ActivationError(
+                f"{self.name!r} is gone: it was a part of a channel group when the model was wrapped; call detach() "
+                "before taking tensors away"
+            )
         return tensor
 
 
@@ -185,5 +193,5 @@ def _places(model: nn.Module, groups: ChannelGroups) -> dict[str, Place]:
         module = model.get_submodule(path)
         is_parameter = attribute in module._parameters
         held: dict[str, Any] = module._parameters if is_parameter else module._buffers
-        places[name] = Place(held, attribute, tuple(shadows[id(held[attribute])]), is_parameter)
+        places[name] = Place(name, held, attribute, tuple(shadows[id(held[attribute])]), is_parameter)
     return places

@@ -87,18 +87,19 @@ def parse_sub_nets(
     return tuple(specs)
 
 
-def check_sub_net(name: str, sub_nets: Sequence[str]) -> None:
+def check_sub_net(name: str, sub_nets: Collection[str], *, where: str = "") -> None:
     """Refuse a name that no sub-net has.
 
     Args:
         name: What was asked for.
         sub_nets: The names that there are.
+        where: Where they were looked for, such as a file; empty where there is but one place.
 
     Raises:
         ConfigError: If `name` is not among them; the message has the near names.
     """
-    if name not in sub_nets:
-        raise ConfigError(f"there is no sub-net {name!r}: {near_names(str(name), sub_nets)}")
+    if name not in tuple(sub_nets):  # also a name that is no key of a dict, such as a list
+        raise ConfigError(f"there is no sub-net {name!r}{where and f' in {where}'}: {near_names(str(name), sub_nets)}")
 
 
 def check_names(parameter: str, names: Sequence[str] | None) -> None:

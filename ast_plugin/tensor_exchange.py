@@ -7,7 +7,7 @@ nothing: the exchange goes on, or back, from where it was cut off.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,50 @@ from ast_plugin.slots import tensor_slots
 
 
 class TensorExchange:
+    """Pairs of tensors that change places.
+
+    Args:
+        present: Returns those of the model, as they are now.
+        others: The others, in the same order; written to. Their dtypes must hold the model's values exactly.
+    """
+
+    def __init__(self, present: Callable[[], Sequence[Tensor]], others: Sequence[Tensor]) -> None:
+        self._present = present
+        self._others = others
+        self._exchanged = 0  # how many, from the first
+        self._moving: _Move | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the model holds all of the others' values."""
+        return self._moving is None and self._exchanged == len(self._others)
+
+    def exchange(self, on: bool) -> None:
+        """Have the model hold the others' values, or its own; goes on where an interrupt has come in between.
+
+        Args:
+            on: Whether the others'.
+        """
+        present = [tensor.detach() for tensor in self._present()]
+        if self._moving is not None:
+            self._complete(self._moving, present)
+        while self._exchanged != (len(present) if on else 0):
+            index = self._exchanged - (not on)
+            self._moving = _Move(index, copied(present[index]), exchanged=index + on)
+            self._complete(self._moving, present)
+
+    def _complete(self, move: _Move, present: Sequence[Tensor]) -> None:
+        """Write both tensors of a pair. Repeated after an interrupt, it does what is still to do."""
+        other = self._others[move.index].detach()
+        if not move.arrived:
+            present[move.index].copy_(other)
+            move.arrived = True
+        other.copy_(move.value)
+        self._exchanged = move.exchanged
+        self._moving = None
+
+
+class WeightExchange(TensorExchange):
     """Parameters and persistent buffers of a model, and others that change places with them.
 
     All buffers take part, those without another value with a copy of their own: they may be changed meanwhile.
@@ -38,50 +82,20 @@ class TensorExchange:
         shapes = {key: tuple(tensor.shape) for key, tensor in shared.items()}
         given = checked_tensors(what, weights, shapes, complete=False)
         others = {**_writable(given, shared), **{key: copied(buffers[key]) for key in buffers if key not in given}}
-        self._others: dict[str, Tensor] = others
+        slots = tensor_slots(model, others)
+        super().__init__(lambda: [held[attribute] for held, attribute in slots], list(others.values()))
+        self._places = {key: index for index, key in enumerate(others)}
         # What becomes of these on the model is lost unless it is asked for: they are in nobody else's hands.
         self._loose = {key: given.get(key) for key in buffers if others[key] is not given.get(key)}
-        self._slots = dict(zip(others, tensor_slots(model, others), strict=True))
-        self._exchanged: frozenset[str] = frozenset()
-        self._moving: _Move | None = None
-
-    def exchange(self, on: bool) -> None:
-        """Have the model hold the others' values, or its own; goes on where an interrupt has come in between.
-
-        Args:
-            on: Whether the others'.
-        """
-        if self._moving is not None:
-            self._complete(self._moving)
-        for name in self._others:
-            if (name in self._exchanged) != on:
-                self._moving = _Move(name, copied(self._present(name)), self._exchanged ^ {name})
-                self._complete(self._moving)
 
     def changed(self) -> dict[str, Tensor]:
         """Return copies of the buffers that are in nobody else's hands and have changed since the exchange."""
-        found = {}
+        present, found = self._present(), {}
         for name, given in self._loose.items():
-            present = self._present(name)
-            before = self._others[name] if given is None else given
-            if not torch.equal(present.to(before), before):
-                found[name] = copied(present)
+            now, before = present[self._places[name]], self._others[self._places[name]] if given is None else given
+            if not torch.equal(now.to(before), before):
+                found[name] = copied(now)
         return found
-
-    def _complete(self, move: _Move) -> None:
-        """Write both tensors of a pair. Repeated after an interrupt, it does what is still to do."""
-        present, other = self._present(move.name), self._others[move.name]
-        if not move.arrived:
-            present.copy_(other)
-            move.arrived = True
-        other.copy_(move.value)
-        self._exchanged = move.exchanged
-        self._moving = None
-
-    def _present(self, name: str) -> Tensor:
-        held, attribute = self._slots[name]
-        tensor: Tensor = held[attribute]
-        return tensor.detach()
 
 
 @dataclasses.dataclass
@@ -89,16 +103,21 @@ class _Move:
     """A pair of tensors that change places.
 
     Attributes:
-        name: Their name.
+        index: Which pair.
         value: What the model had before.
-        exchanged: Names of all that have changed places when this is done.
+        exchanged: How many pairs have changed places when this is done.
         arrived: Whether the model has the other value.
     """
 
-    name: str
+    index: int
     value: Tensor
-    exchanged: frozenset[str]
+    exchanged: int
     arrived: bool = False
+
+
+def copied(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """Return a copy without graph, of the dtype of `like` where that is given."""
+    return tensor.detach().to(tensor.dtype if like is None else like.dtype, copy=True)
 
 
 def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -115,14 +134,8 @@ def _writable(given: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> dic
     found: dict[str, Tensor] = {}
     taken = {tensor.data_ptr() for tensor in present.values()}
     for name, tensor in given.items():
-        tensor = tensor.detach()
         expanded = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         alone = tensor.data_ptr() not in taken and not expanded and not tensor.is_inference()
         taken.add(tensor.data_ptr())
-        found[name] = given[name] if alone and tensor.dtype == present[name].dtype else copied(tensor, present[name])
+        found[name] = tensor if alone and tensor.dtype == present[name].dtype else copied(tensor, present[name])
     return found
-
-
-def copied(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """Return a copy, of the dtype of `like`."""
-    return tensor.detach().to(tensor.dtype if like is None else like.dtype, copy=True)

@@ -145,7 +145,8 @@ class SavedRun(abc.ABC):
             SaveError: If the file cannot be written; an older file is still there then.
             ConfigError: If `twin` is something else, there is no such version, a twin is to be written as another
                 version than the last, or something in `report` cannot be stored.
-            ActivationError: If the twin is a sub-net now, inside its ``with sub_net(...)``.
+            ActivationError: If the twin is a sub-net now, inside its ``with sub_net(...)``, or tensors of the sub-nets
+                are no longer in the model.
 
         Warns:
             UserWarning: If a sub-net is far from its target, because its mask schedule has not ended.
@@ -196,6 +197,8 @@ class SavedRun(abc.ABC):
             header["channel_groups"] = [group.to_dict() for group in self._parts.groups.groups]
         if report is not None:
             header["report"] = dict(report)
+        if twin is None:
+            self._parts.activation.check_tensors()
         with self._events.at_rest(own=False):
             state = self._parts.bare.state_dict() if twin is None else twin.dense_state()
             masks, private = self._parts.masks, {name: (twin or self).private_state(name) for name in self._parts.names}

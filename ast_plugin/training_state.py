@@ -266,7 +266,9 @@ def _check_reference(reference: Mapping[str, Any], masks: MaskStore) -> None:
     elif coming in masks.sub_nets:
         shapes = {name: (masks.kept(coming, name),) for name in masks.parameters}
     else:
-        raise StateError(f"the saved state has a reference for the unknown sub-net {coming!r}; load another checkpoint")
+        raise StateError(
+            f"the saved state has a reference for {coming!r}, which is no sub-net of this run; load another checkpoint"
+        )
     _check_tensors("reference gradient", reference["gradients"], shapes)
 
 

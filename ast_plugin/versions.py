@@ -20,10 +20,12 @@ from ast_plugin.errors import ConfigError, near_names
 from ast_plugin.masks import HeldMasks
 from ast_plugin.named_tensors import checked_masks, checked_tensors
 from ast_plugin.parts import RunParts
-from ast_plugin.tensor_exchange import TensorExchange, copied
+from ast_plugin.tensor_exchange import TensorExchange, WeightExchange, copied
 
 LAST = "last"
 """The version that is always there: what is being trained."""
+
+_ATTEMPTS = 5  # more interrupts than anybody sends in the milliseconds that it takes
 
 
 @dataclasses.dataclass(eq=False)
@@ -137,10 +139,8 @@ class Versions:
             finally:
                 try:
                     if worn is not None:
-                        worn.hand_back()
+                        worn.take_off()
                 finally:
-                    if worn is not None:
-                        _surely(worn.exchange, False)
                     self._blocks.pop()
 
     @contextlib.contextmanager
@@ -189,13 +189,18 @@ class _Worn:
         self._own_masks: dict[str, HeldMasks] = {sub_net: parts.masks.held(sub_net) for sub_net in version.masks}
         present = zip(parts.normalization.names, parts.normalization.held(parts.default), strict=True)
         shapes = {key: tuple(tensor.shape) for key, tensor in present}
-        self._own_private = {sub_net: _copies(parts.normalization.held(sub_net)) for sub_net in parts.names}
-        self._their_private = dict(self._own_private)
-        for sub_net, tensors in version.private.items():
-            checked = checked_tensors(f"private tensors of {sub_net!r} in version {name!r}", tensors, shapes)
-            self._their_private[sub_net] = list(checked.values())
-        self._private_is_on = False
-        self._weights = TensorExchange(
+        self._others: dict[str, list[Tensor]] = {}  # copies: as small as BatchNorm is
+        for sub_net in parts.names:
+            held = given = parts.normalization.held(sub_net)
+            if sub_net in version.private:
+                what = f"private tensors of {sub_net!r} in version {name!r}"
+                given = list(checked_tensors(what, version.private[sub_net], shapes).values())
+            self._others[sub_net] = [copied(tensor, like) for tensor, like in zip(given, held, strict=True)]
+        self._private = TensorExchange(
+            lambda: [tensor for sub_net in parts.names for tensor in parts.normalization.held(sub_net)],
+            [tensor for tensors in self._others.values() for tensor in tensors],
+        )
+        self._weights = WeightExchange(
             parts.bare, version.weights, f"weights of version {name!r}", private=parts.normalization.names
         )
 
@@ -208,22 +213,21 @@ class _Worn:
                     self._masks.replace(sub_net, self._their_masks[sub_net])
                 else:
                     self._masks.put_back(sub_net, own)
-            if self._private_is_on and not on:
-                # Noted before anything is written: what an interrupt leaves half written is the run's, and known.
-                theirs = {sub_net: _copies(self._normalization.held(sub_net)) for sub_net in self._own_private}
-                self._their_private, self._private_is_on = theirs, False
-            for sub_net, tensors in (self._their_private if on else self._own_private).items():
-                for target, value in zip(self._normalization.held(sub_net), tensors, strict=True):
-                    target.copy_(value)
-            self._private_is_on = on
+            self._private.exchange(on)
         torch.clear_autocast_cache()  # it has low-precision copies of weights
 
-    def hand_back(self) -> None:
-        """Give the version what has changed on the model: BatchNorm statistics, as a rule."""
-        if not self._private_is_on:  # an error came before all of it was there
+    def take_off(self) -> None:
+        """Give the model the run's own values for good, and the version what has changed meanwhile."""
+        try:
+            self._hand_back()
+        finally:
+            _surely(self.exchange, False)
+
+    def _hand_back(self) -> None:
+        if not self._private.is_complete:  # an error came before all of it was there
             return
         private = dict(self._version.private)
-        for sub_net, own in self._own_private.items():
+        for sub_net, own in self._others.items():
             held = self._normalization.held(sub_net)
             if sub_net in private or not all(torch.equal(a.to(b), b) for a, b in zip(held, own, strict=True)):
                 private[sub_net] = self._normalization.state(sub_net)
@@ -241,14 +245,14 @@ def _check_sub_nets(what: str, given: Any, sub_nets: Sequence[str]) -> None:
             raise ConfigError(f"{what} are for {name!r}, which is no sub-net: {near_names(str(name), sub_nets)}")
 
 
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [copied(tensor) for tensor in tensors]
-
-
-def _surely(exchange: Callable[[bool], Any], on: bool) -> None:
-    """Call it, and once more where an interrupt cuts it off."""
-    try:
-        exchange(on)
-    except BaseException:
-        exchange(on)
-        raise
+def _surely(exchange: Callable[[bool], None], on: bool) -> None:
+    """Make an exchange, again where interrupts cut it off, and raise the first of them when it is made."""
+    first: BaseException | None = None
+    for _ in range(_ATTEMPTS):
+        try:
+            exchange(on)
+            break
+        except BaseException as error:
+            first = first or error
+    if first is not None:
+        raise first

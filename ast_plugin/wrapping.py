@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ast_plugin.activation import MaskedActivation, ShardedActivation
+from ast_plugin.anchors import Anchors
 from ast_plugin.channel_states import ChannelStates
 from ast_plugin.channels import ChannelGroups
 from ast_plugin.config import ASTConfig, CorrectionOptions, LayerSparsity, Moment
@@ -289,6 +290,7 @@ def _build(
         len(parameters) + len(normalization.parameter_names),
         local_masks.revision,
         sharded=is_sharded,
+        anchors=Anchors(bare, [*parameters, *normalization.names, *(groups.tensors if groups else ())]),
     )
     window = (config.total_steps or 50 * _HISTORY_POINTS) // _HISTORY_POINTS
     return RunParts(

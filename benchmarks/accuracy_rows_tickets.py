@@ -14,7 +14,11 @@ def _tickets(**settings: Any) -> dict[str, Any]:
 
 
 def rows_of_tickets() -> Iterator[Row]:
-    """Yield, for each method, for single nets and for one alternating run: without cycles, and what these change."""
+    """Yield, for each method, for single nets and for one alternating run: without cycles, and what these change.
+
+    All are runs of one sitting, so that each pair is the same up to the first cycle: granet is named, by which its runs
+    are others than those of the tables above.
+    """
     shown = (
         ("", FINAL, "the last ticket"),
         ("-avg", SUPERPOSED, "superposed, BatchNorm averaged"),
@@ -23,7 +27,7 @@ def rows_of_tickets() -> Iterator[Row]:
     for method in ("granet", "rigl", "set"):
         for alone, words in ((True, "single"), (False, "alternating")):
             name, text = f"{method}-{'1' if alone else '3'}", f"{method}, {words}"
-            method_changes = {} if method == "granet" else options(method=method)
+            method_changes = options(method=method)
             common: dict[str, Any] = {"alone": alone, "tasks": ("digits",)}
             yield Row(name=name, table="tickets", changes=method_changes, text=text, **common)
             for short, settings, cycles in (("tk", {}, "explore .5"), ("tk0", {"explore": 0.0}, "explore 0")):
@@ -42,7 +46,7 @@ def rows_of_tickets() -> Iterator[Row]:
         yield Row(
             name=f"granet-3-tk.1{ending}",
             table="ticket_gains",
-            changes=_tickets(lr=[0.02, 0.1]),
+            changes={**options(method="granet"), **_tickets(lr=[0.02, 0.1])},
             readout=readout,
             reference="granet-3",
             tasks=("digits",),

@@ -444,6 +444,13 @@ def what_cannot_work_is_refused(folder: Path) -> Iterator[None]:
     with pytest.raises(ast_plugin.ActivationError, match=r"fully_shard\(\) was applied to the model after wrap"):
         model(vector_batch(0)[0])
 
+    _, _, ast = start(mlp)
+    with pytest.raises(
+        ast_plugin.ConfigError, match="version 'mean' would put whole weights on a model of which every"
+    ):
+        ast.add_version("mean", lambda: None)
+    assert ast.versions == ("last",)
+
     class Correcting:
         @ast_plugin.hookimpl
         def ast_correct_gradients(self) -> None:
@@ -458,7 +465,7 @@ def what_cannot_work_is_refused(folder: Path) -> Iterator[None]:
     mask = ast.masks.get("s50", "2.weight")
     with pytest.raises(ast_plugin.ConfigError, match="must be bool of shape"):
         ast.masks.set("s50", "2.weight", whole(mask).float())
-    with pytest.raises(ast_plugin.ConfigError, match="unknown sub-net 'nope'"):
+    with pytest.raises(ast_plugin.ConfigError, match="there is no sub-net 'nope'"):
         ast.masks.kept("nope")
     state = ast.state_dict(full=True)
     with pytest.raises(ast_plugin.StateError, match="saved with another model"):

@@ -84,6 +84,12 @@ class Reference:
 
     def train(self, batches: Sequence[Batch]) -> None:
         """Make one step on the sum of every sub-net's mean loss over the batches."""
+        updated: set[str] = set()
+        self.optimizer.step(lambda: self._go_back(batches, updated))
+        self._step += 1
+
+    def _go_back(self, batches: Sequence[Batch], updated: set[str]) -> Tensor:
+        total = torch.zeros((), dtype=next(iter(self.shared.values())).dtype)
         for parameter in self.shared.values():
             parameter.grad = None
         for sub_net, net in self.nets.items():
@@ -93,17 +99,20 @@ class Reference:
                     net.get_parameter(name).copy_(parameter * before[name] if name in before else parameter)
             net.zero_grad()
             for batch in batches:
-                (cross_entropy(net, batch) / len(batches)).backward()
+                loss = cross_entropy(net, batch) / len(batches)
+                loss.backward()
+                total += loss.detach()
             dense = {name: net.get_parameter(name).grad for name in before}
-            if self._updater.is_due(sub_net, self._step, self._step - 1 if self._step else None):
+            due = self._updater.is_due(sub_net, self._step, self._step - 1 if self._step else None)
+            if due and sub_net not in updated:
                 self._updater.update(sub_net, self._step, self.shared, dense)
+                updated.add(sub_net)
             for name, parameter in self.shared.items():
                 gradient = net.get_parameter(name).grad
                 if name in before:  # weights that have just grown have had no gradient
                     gradient = gradient * before[name] * self.masks.get(sub_net, name)
                 parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
-        self.optimizer.step()
-        self._step += 1
+        return total
 
     def differences(self, model: nn.Module, ast: ast_plugin.AlternatingSparseTraining) -> dict[str, float]:
         """Return by name how far a controller's weights, private state and masks are from these."""

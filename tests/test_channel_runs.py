@@ -132,7 +132,7 @@ def test_groups_that_do_not_fit_the_model_are_refused_and_the_model_is_untouched
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     first = residual_groups().groups[0]
     wrong: list[tuple[object, str]] = [
-        (changed(tensor="blocks.0.conv3.weight"), "names 'blocks.0.conv3.weight', which the model does not have"),
+        (changed(tensor="blocks.0.conv3.weight"), "concerns 'blocks.0.conv3.weight', which the model lacks"),
         (changed(dim=0), "do not fill dimension 0 of blocks.0.conv2.weight"),
         (changed(tensor="blocks.1.conv1.weight", dim=0, parts=((0, 1),)), "do not fill dimension 0"),
         (changed(tensor="blocks.0.bn1.weight", dim=0), "in two groups, or twice in one"),
@@ -186,7 +186,7 @@ def test_a_sparser_sub_net_cannot_ask_for_units_that_a_denser_one_drops() -> Non
 def test_numbers_of_modules_that_do_not_fit_are_refused() -> None:
     model = token_net()
     model.blocks[0].attn.num_heads = 3
-    with pytest.raises(ConfigError, match=r"expects blocks\.0\.attn\.num_heads to be 4, and it is 3"):
+    with pytest.raises(ConfigError, match=r"expects num_heads of 'blocks\.0\.attn' to be 4, and it is 3"):
         ast_plugin.wrap(sgd(model), model, sparsities=(0.5,), pattern="channel", total_steps=10, groups=token_groups())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,3 +161,20 @@ def test_a_description_in_plain_containers_gives_the_group_back():
 def test_a_damaged_description_is_refused(change: dict[str, object]):
     with pytest.raises(StateError, match="damaged"):
         ChannelGroup.from_dict({**HEADS.to_dict(), **change})
+
+
+def test_a_group_says_what_a_model_lacks_of_it() -> None:
+    group = ChannelGroup(
+        name="a",
+        kind="heads",
+        units=4,
+        axes=(GroupAxis(tensor="w", dim=0, role="out"), GroupAxis(tensor="v", dim=1, role="in", parts=((0, 2),))),
+        attributes=(GroupAttribute(module="attn", name="heads", per_unit=1),),
+    )
+    shapes, modules = {"w": (4, 3), "v": (3, 8)}, {"attn": SimpleNamespace(heads=4)}
+    assert group.misfit(shapes, modules) is None
+    assert group.misfit({"w": (4, 3)}, modules) == "concerns 'v', which the model lacks"
+    assert str(group.misfit({**shapes, "v": (3, 4)}, modules)).startswith("does not fit: 4 units in parts")
+    lacking = "expects heads of 'attn' to be 4, and it is "
+    assert group.misfit(shapes, {"attn": SimpleNamespace(heads=8)}) == f"{lacking}8"
+    assert group.misfit(shapes, {}) == f"{lacking}None"

@@ -122,7 +122,7 @@ def test_an_unknown_form_is_refused_with_the_near_ones(unstructured: Elastic, na
 
 
 def test_an_unknown_sub_net_is_refused_with_the_near_ones(unstructured: Elastic) -> None:
-    with pytest.raises(ConfigError, match="unknown sub-net 's8': did you mean 's80'"):
+    with pytest.raises(ConfigError, match="there is no sub-net 's8': did you mean 's80'"):
         unstructured.compile("s8", "dense")
 
 
@@ -146,8 +146,15 @@ def test_inputs_that_the_model_does_not_accept_are_named(channels: Elastic, form
 @pytest.mark.parametrize("name", [["c75"], {"c75"}, 3, None])
 def test_names_of_another_kind_are_refused(channels: Elastic, name: Any) -> None:
     for ask in (channels.compile, channels.switch, channels.kept_channels, channels.materialize):
-        with pytest.raises(ConfigError, match=r"unknown sub-net .* Known: c50, c75"):
+        with pytest.raises(ConfigError, match=r"there is no sub-net .* Known: c50, c75"):
             ask(name)
+
+
+@pytest.mark.parametrize("form", ["dense", "csr", "bsr", "2:4"])
+def test_a_multiple_goes_with_a_form_that_cuts_channels_out(channels: Elastic, form: str) -> None:
+    with pytest.raises(ConfigError, match=rf"multiple=8 .* form '{form}' cuts out none; give form='sliced', or leave"):
+        channels.compile("c75", form, pictures(), multiple=8)
+    assert channels.compile("c75", "auto", pictures(), multiple=8, seconds=0.1).compiled_form["sub_net"] == "c75"
 
 
 @pytest.mark.parametrize("form", ["auto", "dense", "sliced"])

@@ -70,9 +70,8 @@ class Machine:
 
     def dynamic(self, budget: Any = 10_000.0, *, metrics: Any = None, **options: Any) -> DynamicInference:
         rule = Hysteresis(enter=0.8, leave=1.0, dwell_ms=100_000, window=4, quantile=0.75)
-        return DynamicInference(
-            sub_nets(metrics), budget, "input", build=self.build, clock=self.clock, **{"hysteresis": rule, **options}
-        )
+        options = {"build": self.build, "clock": self.clock, "hysteresis": rule, **options}
+        return DynamicInference(sub_nets(metrics), budget, "input", **options)
 
 
 @pytest.fixture
@@ -341,6 +340,13 @@ def test_what_is_no_budget_is_refused(budget: Any, machine: Machine) -> None:
         ({"metric": "other", "runs": 0}, "runs must be a whole number of at least 1, got 0"),
         ({"metric": "other", "warmup": -1}, "warmup must be a whole number of at least 0, got -1"),
         ({"metric": "nan"}, "metric 'nan' of sub-net 's80' is no number"),
+        ({"metric": "other", "strict": "no"}, "strict must be True or False, got 'no'"),
+        ({"metric": "other", "strict": None}, "strict must be True or False, got None"),
+        ({"metric": "other", "share": 0}, "share must be True or False, got 0"),
+        ({"metric": "other", "greater_is_better": "False"}, "greater_is_better must be True or False, got 'False'"),
+        ({"metric": "other", "greater_is_better": 1}, "greater_is_better must be True or False, got 1"),
+        ({"metric": "other", "build": "dense"}, "build must be a function, got 'dense'"),
+        ({"metric": "other", "clock": 3.5}, r"clock must be a function, got 3\.5"),
     ],
 )
 def test_what_cannot_be_chosen_is_refused(options: dict[str, Any], complaint: str, machine: Machine) -> None:

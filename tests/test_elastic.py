@@ -181,7 +181,7 @@ def test_the_context_manager_restores_after_an_exception(elastic: Elastic) -> No
 
 def test_an_unknown_sub_net_offers_the_near_ones_and_changes_nothing(elastic: Elastic) -> None:
     for use in (elastic.switch, elastic.materialize, lambda name: elastic.sub_net(name).__enter__()):
-        with pytest.raises(ConfigError, match="unknown sub-net 's8': did you mean 's80'"):
+        with pytest.raises(ConfigError, match="there is no sub-net 's8': did you mean 's80'"):
             use("s8")
     assert elastic.active == "s50"
 
@@ -582,7 +582,7 @@ def test_files_without_groups_have_no_units(tmp_path: Path) -> None:
     assert elastic.groups is None
     with pytest.raises(ConfigError, match=r"'s80' cannot be sliced: its pattern is None; .* pattern='channel'"):
         elastic.kept_channels("s80")
-    with pytest.raises(ConfigError, match="unknown sub-net 's8'"):
+    with pytest.raises(ConfigError, match="there is no sub-net 's8'"):
         elastic.kept_channels("s8")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from elastic_examples import images, network, write_example
-from networks import image_batch, snapshot, train, wrapped
+from networks import image_batch, mlp, snapshot, train, vector_batch, wrapped
 from sliced_examples import HYBRID_GROUPS, hybrid, pictures, write_channels
 from torch import Tensor, nn
 from torch.nn import functional
@@ -32,6 +32,7 @@ from ast_plugin.integrations.family.ensemble_measures import (
     log_mean,
     mutual_information,
 )
+from ast_plugin.versions import Version
 
 LN2 = math.log(2)
 
@@ -297,6 +298,18 @@ def test_of_a_run_in_training() -> None:
     assert report.ensemble.kept_weights == ast.masks.kept("s50") + ast.masks.kept("s90")
     train(model, optimizer, range(9, 12))
     assert ast.step == 12
+
+
+def test_of_a_version_of_a_run() -> None:
+    model, optimizer, ast = wrapped(mlp(), update_interval=3)
+    train(model, optimizer, range(3), vector_batch)
+    weights = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    ast.add_version("nothing", lambda: Version(weights=weights, masks={}, private={}))
+    both, inputs = ensemble(ast), vector_batch(0)[0]
+    of_the_run = both(inputs)
+    with ast.version("nothing"):
+        assert both.predict(inputs).mean.allclose(torch.full((16, 4), 0.25))
+    assert torch.equal(both(inputs), of_the_run)
 
 
 def test_of_a_twin() -> None:

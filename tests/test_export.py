@@ -109,7 +109,7 @@ def test_other_suffixes_are_refused(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_an_unknown_sub_net_writes_nothing(tmp_path: Path, suffix: str) -> None:
     contents = from_contents(tmp_path)
-    with pytest.raises(ConfigError, match="'s8'; did you mean 's80'"):
+    with pytest.raises(ConfigError, match=r"there is no sub-net 's8' in '.*': did you mean 's80'"):
         export_state_dict(contents, "s8", tmp_path / f"a{suffix}")
     assert [path.name for path in tmp_path.iterdir()] == ["elastic.safetensors"]
 

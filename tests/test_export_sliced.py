@@ -387,3 +387,14 @@ def test_a_model_pickled_whole_mentions_this_package_nowhere(file: Path, tmp_pat
     small = export_model(read_elastic(file), "c75", nn.Sequential(hybrid())[0], form="sliced")
     torch.save(small, tmp_path / "small.pt")
     assert b"ast_plugin" not in (tmp_path / "small.pt").read_bytes()
+
+
+@pytest.mark.parametrize("multiple", [16, 0, 2.0])
+def test_a_multiple_goes_with_the_form_that_cuts_alone(file: Path, multiple: Any) -> None:
+    message = "form 'dense' cuts out none; give form='sliced'" if multiple == 16 else "multiple must be a whole number"
+    contents, path = read_elastic(file), file.with_name("whole.pt")
+    with pytest.raises(ConfigError, match=message):
+        export_state_dict(contents, "c75", path, multiple=multiple)
+    with pytest.raises(ConfigError, match=message):
+        export_model(contents, "c75", hybrid(), multiple=multiple)
+    assert not path.exists()

@@ -45,6 +45,7 @@ FLOORS = {
     "turns": 1,
     "vr_pge": 1,
     "guests": 2,
+    "anchors": 2,
     "masks": 2,
     "methods": 2,
     "norm_layers": 2,

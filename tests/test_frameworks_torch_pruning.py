@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import random
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch_pruning as tp
@@ -130,20 +132,30 @@ def test_every_sub_net_is_scored_by_its_own_batch_norm_scales() -> None:
     assert ast.masks.sparsity("plain") == pytest.approx(0.5, abs=1e-3)
 
 
-def test_chance_is_drawn_from_the_seed_alone() -> None:
+def shuffled(group: Any) -> Tensor:
+    """Return ranks drawn with Python's generator, as torch-pruning 1.5 does."""
+    ranks = list(range(len(group[0].idxs)))
+    random.shuffle(ranks)
+    return torch.tensor(ranks)
+
+
+def of_numpy(group: Any) -> Tensor:
+    return torch.from_numpy(numpy.random.rand(len(group[0].idxs)))
+
+
+@pytest.mark.parametrize("importance", [tp.importance.RandomImportance(), shuffled, of_numpy])
+def test_chance_is_drawn_from_the_seed_alone(importance: Any) -> None:
     def kept(seed: int, disturbed: int) -> list[list[bool]]:
-        torch.manual_seed(disturbed)
-        before = torch.get_rng_state()
-        network, groups = CASES["residual"]
-        model = network()
-        method = from_importance(tp.importance.RandomImportance(), base=dataclasses.replace(GMP, initial_sparsity=0.5))
-        torch.set_rng_state(before)
-        ast = ast_plugin.wrap(
-            sgd(model), model, method=method, groups=groups(), sparsities=(0.5,), pattern="channel", total_steps=9,
-            seed=seed,
-        )  # fmt: skip
-        assert torch.equal(torch.get_rng_state(), before)
-        return [flags.tolist() for flags in ast.kept_channels("s50").values()]
+        base = dataclasses.replace(GMP, initial_sparsity=0.5)
+        for seeded in (torch.manual_seed, random.seed, numpy.random.seed):
+            seeded(disturbed)
+        _, _, ast = wrapped("residual", from_importance(importance, base=base), sparsities=(0.5,), seed=seed)
+        found = [flags.tolist() for flags in ast.kept_channels("s50").values()]
+        drawn = (random.random(), float(numpy.random.rand()))
+        for seeded in (random.seed, numpy.random.seed):
+            seeded(disturbed)
+        assert drawn == (random.random(), float(numpy.random.rand()))  # the run has drawn nothing
+        return found
 
     assert kept(0, 1) == kept(0, 2) != kept(3, 1)
 

@@ -179,3 +179,15 @@ def test_testing_a_checkpoint_without_a_fit_before_says_what_to_do(tmp_path: Pat
     trainer = trainer_of(tmp_path, sparse(network="model"))
     with pytest.raises(StateError, match=r"ast_plugin\.load"):
         trainer.test(Classifier(), data(2, first=50), ckpt_path=tmp_path / "step=3.ckpt", verbose=False)
+
+
+def test_evaluating_a_checkpoint_without_sub_nets_is_refused(tmp_path: Path) -> None:
+    fit(tmp_path / "plain")
+    callback, module = sparse(network="model"), Classifier()
+    trainer = trainer_of(tmp_path, callback)
+    trainer.fit(module, data(), data(1))
+    for evaluate in (trainer.validate, trainer.test, trainer.predict):
+        with pytest.raises(
+            StateError, match=r"step=3\.ckpt' is a checkpoint without sub-nets, and those of the last fit"
+        ):
+            evaluate(module, data(1), ckpt_path=tmp_path / "plain" / "step=3.ckpt")

@@ -14,7 +14,7 @@ from lightning_runs import SUB_NETS, Classifier, data, sparse, trainer_of
 from networks import assert_same, conv_net
 
 import ast_plugin
-from ast_plugin.integrations.frameworks.lightning.binding import elastic_beside
+from ast_plugin.integrations.frameworks.lightning.files import elastic_beside
 
 pytestmark = pytest.mark.extra("lightning")
 

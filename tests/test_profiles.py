@@ -139,6 +139,8 @@ def test_a_network_that_fails_on_the_example_is_reported(elastic: Elastic) -> No
         ({"forms": []}, r"forms must be a list of at least one name, got \[\]"),
         ({"sub_nets": []}, r"sub_nets must be a list of at least one name, got \[\]"),
         ({"sub_nets": ["s90"]}, "there is no sub-net 's90': did you mean"),
+        ({"build": "dense"}, "build must be a function, got 'dense'"),
+        ({"clock": None}, "clock must be a function, got None"),
         ({"forms": ["dense", "csc"], "build": None}, "unknown form 'csc': did you mean 'csr'"),
         ({"forms": ["csr"]}, r"forms=\('csr',\) leave nothing to measure \(s50 as csr: no csr here; .* add 'dense'"),
     ],

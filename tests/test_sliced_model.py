@@ -10,7 +10,7 @@ from sliced_examples import HYBRID_GROUPS, Hybrid, hybrid, pictures, random_unit
 from torch import nn
 
 from ast_plugin.channels import ChannelGroup, ChannelGroups, GroupAttribute, GroupAxis
-from ast_plugin.errors import ASTError, ConfigError, ElasticFileError, StateError
+from ast_plugin.errors import ASTError, ConfigError, ElasticFileError
 from ast_plugin.sliced_model import ModuleSizes, rounded_up, slice_model, sliced_sizes
 
 
@@ -164,7 +164,7 @@ def changed(**changes: object) -> ChannelGroups:
         ),
         (
             changed(axes=(GroupAxis(tensor="fc2.weight", dim=0, role="in"),)),
-            StateError,
+            ElasticFileError,
             r"do not fill dimension 0 of fc2.weight, which has shape \(16, 32\)",
         ),
         (

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
+import ast_plugin
 from ast_plugin.errors import ConfigError
-from ast_plugin.sub_nets import SubNetSpec, checked_sparsity, is_n_of_m, parse_n_of_m, parse_sub_nets, sparsity_name
+from ast_plugin.sub_nets import (
+    SubNetSpec,
+    check_sub_net,
+    checked_sparsity,
+    is_n_of_m,
+    parse_n_of_m,
+    parse_sub_nets,
+    sparsity_name,
+)
 
 
 @pytest.mark.parametrize(
@@ -54,3 +66,17 @@ def test_n_of_m_is_recognised_by_its_form_and_checked_by_its_numbers() -> None:
     assert is_n_of_m("4:2")
     assert not is_n_of_m("4x2")
     assert parse_n_of_m("pattern", "1:8") == (1, 8)
+
+
+@pytest.mark.parametrize("where", ["", "'elastic.safetensors'"])
+def test_an_unknown_sub_net_is_refused_with_the_near_names(where: str) -> None:
+    check_sub_net("s90", ("s90", "s95"), where=where)
+    place = f" in {where}" if where else ""
+    with pytest.raises(ConfigError, match=f"^there is no sub-net 's59'{place}: did you mean 's95'"):
+        check_sub_net("s59", ("s90", "s95"), where=where)
+
+
+def test_it_is_said_in_one_way() -> None:
+    sources = {path.name: path.read_text(encoding="utf-8") for path in Path(ast_plugin.__file__).parent.glob("*.py")}
+    assert [name for name, text in sources.items() if "there is no sub-net {" in text] == ["sub_nets.py"]
+    assert [name for name, text in sources.items() if re.search(r'f".*(unknown|holds no) sub-net \{', text)] == []

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from channel_networks import mlp_groups
 from networks import assert_same, conv_net, image_batch, mlp, sgd, snapshot, train, train_step, vector_batch, wrapped
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ import ast_plugin
 from ast_plugin.errors import ConfigError
 from ast_plugin.hookspecs import hookimpl
 from ast_plugin.integrations.family import SupTickets
+from ast_plugin.integrations.family import plugin as family_plugin
 
 # Three cycles of 10 steps, from step 30 on.
 CYCLES: dict[str, Any] = {"cycles": 3, "share": 0.5}
@@ -269,6 +271,60 @@ def test_a_model_without_batch_norm_and_one_whose_sub_nets_share_it() -> None:
     for name in ("norm1.weight", "norm1.running_mean", "norm1.running_var"):
         torch.testing.assert_close(found[name], means(list(seen.weights))[name], rtol=0, atol=1e-6)
     assert found["norm1.num_batches_tracked"] == shared.model.norm1.num_batches_tracked
+
+
+def test_superposed_sub_nets_keep_to_their_patterns() -> None:
+    _, _, ast, _ = run(SupTickets(**CYCLES), sparsities=(0.5, "2:4", 0.9), method="rigl")
+    with ast.version("superposed"):
+        fourths = ast.masks.of("2:4")["conv2.weight"].permute(0, 2, 3, 1).reshape(-1, 4)
+        assert (fourths.sum(dim=1) == 2).all()
+        assert ast.masks.sparsity("s90") == pytest.approx(0.9, abs=1e-3)
+
+
+def test_superposed_channel_sub_nets_lie_in_one_another_and_drop_whole_channels() -> None:
+    _, optimizer, ast = wrapped(
+        model := mlp(),
+        sparsities=(0.25, 0.5, 0.75),
+        pattern="channel",
+        groups=mlp_groups(),
+        sup_tickets=SupTickets(**CYCLES),
+        **EARLY,
+    )
+    train(model, optimizer, range(60), vector_batch)
+    last = {name: ast.kept_channels(name) for name in ast.sub_nets}
+    with ast.version("superposed"):
+        found = {name: ast.kept_channels(name) for name in ast.sub_nets}
+    for name in ast.sub_nets:
+        assert sum(int(u.sum()) for u in found[name].values()) == sum(int(u.sum()) for u in last[name].values())
+    for denser, sparser in (("s25", "s50"), ("s50", "s75")):
+        for group, units in found[sparser].items():
+            assert not (units & ~found[denser][group]).any()
+
+
+def test_steps_that_train_all_sub_nets_have_all_of_them_explore_at_once() -> None:
+    watcher = Watcher(39, 49, 59)
+    model, optimizer, ast = wrapped(
+        alternation="joint",
+        correction="off",
+        plugins=[family_plugin, watcher],
+        sup_tickets=SupTickets(**CYCLES),
+        **EARLY,
+    )
+    model.train()
+    for step in range(60):
+        images, labels = image_batch(step)
+
+        def loss(images: Tensor = images, labels: Tensor = labels) -> Tensor:
+            optimizer.zero_grad()
+            found = nn.functional.cross_entropy(model(images), labels)
+            found.backward()
+            return found
+
+        optimizer.step(loss)
+    assert [update for update in watcher.updates if update[1] >= 30] == [
+        (name, step) for step in (30, 40, 50) for name in ("s50", "s80", "s90")
+    ]
+    assert ast.versions == ("last", "superposed")
 
 
 def test_optimizers_that_call_a_closure_have_the_cyclic_rate_too() -> None:

@@ -50,7 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", sorted(CASES))
-@pytest.mark.parametrize("stop", [20, 30, 31, 45, 50, 59, 60])
+@pytest.mark.parametrize("stop", [30, 31, 45, 59])
 def test_a_run_that_was_interrupted_anywhere_ends_as_the_uninterrupted_one(case: str, stop: int) -> None:
     kind = "adamw" if stop % 2 else "sgd"
     straight, optimizer, straight_ast = start(kind, **CASES[case])

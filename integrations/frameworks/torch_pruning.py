@@ -8,9 +8,11 @@ that a sub-net keeps; when, how many, and what grows back stays the method's.
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -123,7 +125,7 @@ class _Score:
         randomness = RandomState()
         state = randomness.state_dict()
         try:
-            torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=inputs.generator)))
+            _seed(int(torch.randint(2**32, (), generator=inputs.generator)))
             with torch.no_grad():
                 found = asked(stand_in.group)
         finally:
@@ -144,6 +146,13 @@ class _Score:
         found = found if found.is_floating_point() else found.float()
         # Without any weight or gradient there, normalization divides 0 by 0.
         return found[stand_in.places.to(found.device)].mean(1).nan_to_num(nan=0.0)
+
+
+def _seed(seed: int) -> None:
+    """Seed the generators of the CPU; torch.manual_seed would seed those of CUDA, which may not have started, too."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
 
 
 def _check(importance: Any, kinds: Any, parameter: str) -> None:

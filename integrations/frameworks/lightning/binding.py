@@ -9,16 +9,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ast_plugin.elastic_file import ELASTIC
 from ast_plugin.integrations.around import Around
 from ast_plugin.integrations.frameworks.lightning.evaluation import Evaluations, logging_by
-from ast_plugin.integrations.frameworks.lightning.host import evaluation_loops, is_a, local_path
+from ast_plugin.integrations.frameworks.lightning.files import elastic_beside, local_path
+from ast_plugin.integrations.frameworks.lightning.host import evaluation_loops, is_a
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -143,6 +142,7 @@ class Binding:
         # Sub-nets that are still on their way are of use to a run that goes on, and to nobody else.
         if place is not None and self.trainer.is_global_zero and ast.at_target:
             ast.save(elastic_beside(place))
+        self.trainer.strategy.barrier("elastic file")
         return result
 
     def _remove_checkpoint(self, method: Callable[..., Any], filepath: Any) -> Any:
@@ -155,8 +155,3 @@ class Binding:
 
 def _unheard(*_: Any, **__: Any) -> None:
     """Log nothing."""
-
-
-def elastic_beside(checkpoint: Path) -> Path:
-    """Return the name of the elastic file beside a checkpoint: ``last.ckpt`` has ``last.elastic.safetensors``."""
-    return checkpoint.with_name(f"{checkpoint.name.removesuffix('.ckpt')}.{ELASTIC}")

@@ -27,16 +27,9 @@ from ast_plugin.integrations.frameworks.lightning.checks import (
     network_of,
     optimizer_of,
 )
-from ast_plugin.integrations.frameworks.lightning.host import (
-    example_inputs,
-    gives_closures,
-    global_seed,
-    local_path,
-    pl,
-    planned_steps,
-    steps_per_epoch,
-)
-from ast_plugin.integrations.sub_net_files import write_sub_nets
+from ast_plugin.integrations.frameworks.lightning.files import load_best, write_end
+from ast_plugin.integrations.frameworks.lightning.host import example_inputs, gives_closures, global_seed, pl
+from ast_plugin.integrations.frameworks.lightning.steps import steps_left, steps_per_epoch
 from ast_plugin.integrations.timm.selection import TimmSelection
 from ast_plugin.integrations.transformers.selection import TransformersSelection
 from ast_plugin.methods import Method
@@ -52,7 +45,6 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("ast_plugin.lightning")
 
 _RUN = "run"
-_DEV_RUN = 1000  # steps that a run is planned for of which Lightning makes a few, to see that everything works
 
 
 class ASTCallback(pl.Callback):
@@ -237,6 +229,26 @@ class ASTCallback(pl.Callback):
         """Note the metrics of the default sub-net."""
         self.on_validation_end(trainer, pl_module)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to evaluate weights of a checkpoint that has no sub-nets.
+
+        Raises:
+            StateError: If it is one.
+        """
+        if self._stage != "fit" and trainer.ckpt_path is not None and self.ast is not None and self._loaded is None:
+            raise StateError(
+                f"{str(trainer.ckpt_path)!r} is a checkpoint without sub-nets, and those of the last fit do not belong "
+                "to its weights; call unbind() and leave this callback out, or take another checkpoint"
+            )
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do the same."""
+        self.on_validation_start(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do the same."""
+        self.on_validation_start(trainer, pl_module)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Make the model dense: after Ctrl-C in a forward pass a sub-net would stay on."""
         if self.ast is not None and self.ast.attached:
@@ -256,6 +268,7 @@ class ASTCallback(pl.Callback):
             self._loaded = state_dict
         elif self.ast is not None:
             self.ast.load_state_dict(state_dict[_RUN])
+            self._loaded = state_dict
         else:
             raise StateError(
                 "the checkpoint has sub-nets, which are made in fit(), and there was none; evaluate those of the "
@@ -275,8 +288,9 @@ class ASTCallback(pl.Callback):
         ast = self.ast
         if ast is None:
             return
-        if self._load_best:
-            self._load_best_checkpoint(trainer, ast)
+        best = load_best(trainer, self.state_key) if self._load_best else None
+        if best is not None:
+            ast.load_state_dict(best[_RUN])
         ast.finish()
         ast.synchronize_normalization()
         self._finished = True
@@ -284,12 +298,7 @@ class ASTCallback(pl.Callback):
             "the model carries the sub-nets of a Trainer whose fit has ended, and other training would move one "
             "alone; call unbind() on its ASTCallback first, or fit() with that callback to go on"
         )
-        folder = self._folder
-        if folder is None and trainer.checkpoint_callbacks:
-            folder = trainer.log_dir or trainer.default_root_dir
-        place = None if folder is None or trainer.fast_dev_run else local_path(folder)
-        if place is not None and trainer.is_global_zero:
-            write_sub_nets(ast, place, host=pl.__name__.partition(".")[0])
+        write_end(trainer, ast, self._folder)
 
     def _settings(self, **steps: int | None) -> ASTConfig:
         seed = {} if self._seeded else {"seed": global_seed() or 0}
@@ -301,7 +310,9 @@ class ASTCallback(pl.Callback):
             return
         network = network_of(module, self._network)
         check_mode(module, network)
-        config, state = self._plan(trainer, module), None if self._loaded is None else self._loaded[_RUN]
+        left = steps_left(trainer, module, self._config.total_steps, resumed=self._loaded is not None)
+        config = self._settings(total_steps=left, steps_per_epoch=steps_per_epoch(trainer))
+        state = None if self._loaded is None else self._loaded[_RUN]
         if self.ast is not None:
             if self._finished and self.ast.model is network and trainer.ckpt_path is None:
                 config, state = self.ast.config, self.ast.state_dict()
@@ -329,38 +340,3 @@ class ASTCallback(pl.Callback):
         self.ast, self.step_module = ast, called
         self._begun, self._finished, self._loaded = True, False, None
         _logger.info(f"Alternating sparse training: {', '.join(ast.sub_nets)} by {config.method} in turn")
-
-    def _plan(self, trainer: Trainer, module: LightningModule) -> ASTConfig:
-        """Return the settings, with the steps that this fit makes."""
-        planned = planned_steps(trainer) if module.automatic_optimization else None
-        wanted = self._config.total_steps
-        if wanted is None and planned is None:
-            why = "its optimizers are stepped by hand"
-            if module.automatic_optimization:
-                why = "the data have no length and there is no max_steps, or accumulation changes with the epochs"
-            raise ConfigError(f"Lightning cannot know how many steps this fit makes: {why}; give total_steps")
-        if None not in (wanted, planned) and wanted != planned:
-            raise ConfigError(f"total_steps={wanted}, and the fit makes {planned}; leave it out, Lightning knows")
-        total = wanted if planned is None else planned
-        left = total if self._loaded is not None or total is None else total - trainer.global_step
-        if left is not None and trainer.fast_dev_run:
-            left = max(left, _DEV_RUN)
-        if left is not None and left < 1:
-            raise ConfigError(
-                f"no step is left to train sub-nets in: {trainer.global_step} of {total} are made; raise max_epochs or "
-                "max_steps"
-            )
-        return self._settings(total_steps=left, steps_per_epoch=steps_per_epoch(trainer))
-
-    def _load_best_checkpoint(self, trainer: Trainer, ast: AlternatingSparseTraining) -> None:
-        path = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if not path:
-            return
-        checkpoint = trainer.strategy.load_checkpoint(path)
-        found = checkpoint.get("callbacks", {}).get(self.state_key)
-        if not found:
-            raise StateError(
-                f"the best model is that of {path!r}, which has no sub-nets; load_best=False keeps the last ones"
-            )
-        trainer.strategy.load_model_state_dict(checkpoint)
-        ast.load_state_dict(found[_RUN])

@@ -7,10 +7,8 @@ Things are known by the names of their classes, so that either may be used.
 from __future__ import annotations
 
 import inspect
-import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +29,7 @@ except ModuleNotFoundError as missing:
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-OLDEST = (2, 2)
+OLDEST = (2, 5)  # earlier ones do not tell callbacks of a checkpoint that is evaluated
 
 _PACKAGES = ("lightning", "pytorch_lightning")
 _GLOBAL_SEED = "PL_GLOBAL_SEED"  # what seed_everything leaves for other processes
@@ -68,21 +66,6 @@ def is_a(thing: object, kind: str) -> bool:
     return any(base.__name__ == kind and base.__module__.partition(".")[0] in _PACKAGES for base in type(thing).__mro__)
 
 
-def planned_steps(trainer: Trainer) -> int | None:
-    """Return the optimizer steps of a whole fit, from its very beginning; None where Lightning cannot know them."""
-    for callback in trainer.callbacks:
-        if is_a(callback, "GradientAccumulationScheduler") and len(set(callback.scheduling.values())) > 1:
-            return None  # of which Lightning's estimate knows nothing
-    steps = trainer.estimated_stepping_batches
-    return int(steps) if 0 < steps < math.inf else None
-
-
-def steps_per_epoch(trainer: Trainer) -> int | None:
-    """Return the optimizer steps of an epoch, None if the data have no length."""
-    batches = trainer.num_training_batches
-    return max(math.ceil(batches / trainer.accumulate_grad_batches), 1) if batches < math.inf else None
-
-
 def gives_closures(trainer: Trainer) -> bool:
     """Return whether the optimizer's step is given a closure that computes all of the step's gradients."""
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # which has them computed before the step
@@ -101,14 +84,6 @@ def evaluation_loops(trainer: Trainer) -> Iterator[Any]:
     yield trainer.fit_loop.epoch_loop.val_loop
     yield trainer.validate_loop
     yield trainer.test_loop
-
-
-def local_path(path: str | os.PathLike[str]) -> Path | None:
-    """Return a path in the file system of this machine, None where it is another one's."""
-    text = os.fspath(path)
-    if text.startswith("file://"):
-        text = text.removeprefix("file://")
-    return None if "://" in text else Path(text)
 
 
 def example_inputs(module: LightningModule, network: nn.Module) -> Any:
