@@ -10,9 +10,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = "\n".join(
-    (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("support.md", "transformers-setups.md")
+    (ROOT / "docs" / name).read_text(encoding="utf-8")
+    for name in ("support.md", "transformers-setups.md", "lightning-setups.md")
 )
-PATTERNS = ("test_setups_*.py", "test_transformers_setups*.py", "test_transformers_ranks.py")
+PATTERNS = (
+    *("test_setups_*.py", "test_transformers_setups*.py", "test_transformers_ranks.py"),
+    *("test_lightning_setups.py", "test_lightning_ranks.py"),
+)
 HELPERS = {  # tests that hold what a row takes for granted
     "test_a_twin_of_a_copy_starts_as_the_run_is_and_follows_it_on_request",
     "test_blocks_of_a_twin_nest_and_end_dense_after_an_exception",
