@@ -105,6 +105,18 @@ def test_rates_in_tensors_are_filled_in_place() -> None:
     assert rates.highest == [1.0]
 
 
+def test_one_tensor_that_is_the_rate_of_several_groups_is_given_back() -> None:
+    one, other = _parameter(), _parameter()
+    optimizer = torch.optim.AdamW([{"params": [one]}, {"params": [other]}], lr=torch.tensor(1.0), foreach=False)
+    assert optimizer.param_groups[0]["lr"] is optimizer.param_groups[1]["lr"]  # torch gives both the default itself
+    CyclicRates(optimizer, lambda: 1, (0.1, 0.2)).attach()
+    seen = _seen(optimizer)
+    for _ in range(2):
+        optimizer.step()
+        assert float(optimizer.param_groups[0]["lr"]) == 1.0
+    assert seen == [pytest.approx([0.2, 0.2])] * 2
+
+
 def test_a_step_that_raised_leaves_no_cyclic_rate_behind() -> None:
     optimizer = torch.optim.SGD([_parameter()], lr=0.5)
     detach = CyclicRates(optimizer, lambda: 0, (0.04, 0.08)).attach()

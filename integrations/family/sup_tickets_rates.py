@@ -107,13 +107,15 @@ class CyclicRates:
         # As numbers from now on: those on an accelerator are waited for once.
         self._highest = [*self.highest, *(float(group["lr"]) for group in groups[len(self._highest) :])]
         self._warn(stacklevel=3)
-        for group, ours in zip(groups, self.rates(height), strict=False):
-            theirs = group["lr"]
+        self._laid = [
+            # All copies before the first is filled: groups may have one tensor between them.
+            (group, group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"], ours)
+            for group, ours in zip(groups, self.rates(height), strict=False)
+        ]
+        for group, theirs, ours in self._laid:
             if isinstance(theirs, Tensor):
-                self._laid.append((group, theirs.clone(), ours))
-                theirs.fill_(ours)
+                group["lr"].fill_(ours)
             else:
-                self._laid.append((group, theirs, ours))
                 group["lr"] = ours
 
     def lift(self) -> None:
