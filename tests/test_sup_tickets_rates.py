@@ -64,6 +64,16 @@ def test_schedulers_go_on_undisturbed(chainable: bool) -> None:
     assert run(True) == run(False)
 
 
+def test_a_scheduler_that_steps_in_an_earlier_hook_of_the_optimizer_goes_on_from_the_users_rate() -> None:
+    optimizer = torch.optim.SGD([_parameter()], lr=1.0)
+    optimizer.register_step_post_hook(lambda *_: scheduler.step())
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    CyclicRates(optimizer, lambda: 0.5, None).attach()
+    for step in range(3):
+        optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == 0.5 ** (step + 1)
+
+
 def test_low_and_high_are_shares_of_the_highest_rate_that_each_group_has_had() -> None:
     optimizer = torch.optim.SGD([{"params": [_parameter()], "lr": 0.01}, {"params": [_parameter()], "lr": 4.0}], lr=1.0)
     CyclicRates(optimizer, _heights(None, None, 0, 1), None).attach()

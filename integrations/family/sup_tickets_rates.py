@@ -68,9 +68,12 @@ class CyclicRates:
     def attach(self) -> Callable[[], None]:
         """Register the hooks; returns what removes them and gives the user's rates back."""
         optimizer = self._optimizer
+        lifting = optimizer.register_step_post_hook(lambda *_: self.lift())
+        # Before hooks that were there already: one of them may be a scheduler's step, which goes on from what it finds.
+        optimizer._optimizer_step_post_hooks.move_to_end(lifting.id, last=False)
         handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(lambda *_: self.lay()),
-            optimizer.register_step_post_hook(lambda *_: self.lift()),
+            lifting,
             optimizer.register_state_dict_pre_hook(lambda *_: self._mend()),
             optimizer.register_load_state_dict_pre_hook(lambda *_: self._mend()),
         ]
