@@ -274,7 +274,7 @@ def test_a_loader_that_would_fail_when_the_run_is_over_is_refused_when_it_begins
 
 
 def test_a_loader_that_gives_no_batches_is_refused() -> None:
-    with pytest.raises(ConfigError, match="loader of SupTickets must give batches.*got 3"):
+    with pytest.raises(ConfigError, match=r"loader of SupTickets must give batches.*got 3"):
         SupTickets(loader=3)  # type: ignore[arg-type]
 
 
