@@ -256,6 +256,28 @@ def test_batch_norm_of_the_superposed_sub_nets_is_estimated_from_data_where_ther
         torch.testing.assert_close(ast.model.norm0.running_mean, features, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("loader", "options", "message"),
+    [
+        (iter(batches()), {}, "once for each of 3 sub-nets, and a list_iterator is used up after one"),
+        (batches(), {"private_normalization": False}, "private_normalization is False; leave loader out"),
+    ],
+)
+def test_a_loader_that_would_fail_when_the_run_is_over_is_refused_when_it_begins(
+    loader: Any, options: dict[str, Any], message: str
+) -> None:
+    model = conv_net()
+    optimizer = sgd(model)
+    with pytest.raises(ConfigError, match=message):
+        wrapped(model, optimizer, sup_tickets=SupTickets(**CYCLES, loader=loader), **EARLY, **options)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_loader_that_gives_no_batches_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"loader of SupTickets must give batches.*got 3"):
+        SupTickets(loader=3)  # type: ignore[arg-type]
+
+
 def test_a_model_without_batch_norm_and_one_whose_sub_nets_share_it() -> None:
     model = mlp()
     watcher = Watcher(39, 49, 59)

@@ -64,6 +64,16 @@ def test_schedulers_go_on_undisturbed(chainable: bool) -> None:
     assert run(True) == run(False)
 
 
+def test_a_scheduler_that_steps_in_an_earlier_hook_of_the_optimizer_goes_on_from_the_users_rate() -> None:
+    optimizer = torch.optim.SGD([_parameter()], lr=1.0)
+    optimizer.register_step_post_hook(lambda *_: scheduler.step())
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    CyclicRates(optimizer, lambda: 0.5, None).attach()
+    for step in range(3):
+        optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == 0.5 ** (step + 1)
+
+
 def test_low_and_high_are_shares_of_the_highest_rate_that_each_group_has_had() -> None:
     optimizer = torch.optim.SGD([{"params": [_parameter()], "lr": 0.01}, {"params": [_parameter()], "lr": 4.0}], lr=1.0)
     CyclicRates(optimizer, _heights(None, None, 0, 1), None).attach()
@@ -103,6 +113,18 @@ def test_rates_in_tensors_are_filled_in_place() -> None:
         assert float(held) == 1.0
     assert [found[0] for found in seen] == pytest.approx([1.0, 0.1, 0.2])
     assert rates.highest == [1.0]
+
+
+def test_one_tensor_that_is_the_rate_of_several_groups_is_given_back() -> None:
+    one, other = _parameter(), _parameter()
+    optimizer = torch.optim.AdamW([{"params": [one]}, {"params": [other]}], lr=torch.tensor(1.0), foreach=False)
+    assert optimizer.param_groups[0]["lr"] is optimizer.param_groups[1]["lr"]  # torch gives both the default itself
+    CyclicRates(optimizer, lambda: 1, (0.1, 0.2)).attach()
+    seen = _seen(optimizer)
+    for _ in range(2):
+        optimizer.step()
+        assert float(optimizer.param_groups[0]["lr"]) == 1.0
+    assert seen == [pytest.approx([0.2, 0.2])] * 2
 
 
 def test_a_step_that_raised_leaves_no_cyclic_rate_behind() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,29 @@ def same_runs(one: ast_plugin.AlternatingSparseTraining, other: ast_plugin.Alter
         for name in one.sub_nets:
             with one.version(version), other.version(version):
                 assert_same(one.materialize(name), other.materialize(name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_statistics_that_were_estimated_anew_travel_and_leave_earlier_states_alone(dtype: torch.dtype) -> None:
+    def begin() -> tuple[nn.Module, torch.optim.Optimizer, SupTickets, ast_plugin.AlternatingSparseTraining]:
+        model, tickets = conv_net().to(dtype), SupTickets(3, share=0.5)
+        shared: dict[str, Any] = {"private_normalization": False, "sparsities": (0.8,), "total_steps": 24, **OPTIONS}
+        model, optimizer, ast = wrapped(model, sup_tickets=tickets, **shared)
+        return model, optimizer, tickets, ast
+
+    model, optimizer, tickets, ast = begin()
+    for step in range(24):
+        images, labels = image_batch(step)
+        train(model, optimizer, range(1), lambda _, batch=(images.to(dtype), labels): batch)
+    early = optimizer.state_dict()["ast_plugin"]["plugins"]["sup_tickets"]
+    copied = copy.deepcopy(early)
+    tickets.recompute([image_batch(80)[0].to(dtype)])
+    assert_same(early, copied)
+    checkpoint = through_disk({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    other, other_optimizer, _, other_ast = begin()
+    other.load_state_dict(checkpoint["model"])
+    other_optimizer.load_state_dict(checkpoint["optimizer"])
+    same_runs(ast, other_ast)
 
 
 CASES: dict[str, dict[str, Any]] = {

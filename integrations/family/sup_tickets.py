@@ -6,13 +6,14 @@ UAI 2022.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ast_plugin.errors import ConfigError
 from ast_plugin.hookspecs import hookimpl
 from ast_plugin.integrations.family.sup_tickets_run import TicketRun
 from ast_plugin.integrations.family.sup_tickets_settings import TicketSettings
+from ast_plugin.norm_layers import batch_norm_modules
 from ast_plugin.recalibration import Forward
 from ast_plugin.training import AlternatingSparseTraining
 
@@ -72,6 +73,8 @@ class SupTickets:
             isinstance(max_batches, bool) or not isinstance(max_batches, int) or max_batches < 1
         ):
             raise ConfigError(f"max_batches of SupTickets must be a number of batches, at least 1, got {max_batches!r}")
+        if loader is not None and not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+            raise ConfigError(f"loader of SupTickets must give batches, such as a DataLoader or a list, got {loader!r}")
         self.max_batches = max_batches
         self._loader = loader
         self._forward = forward
@@ -156,6 +159,8 @@ class SupTickets:
                 "sup_tickets: this SupTickets belongs to another run, which still trains; make one for each run, or "
                 "call detach() on the other first"
             )
+        if self._loader is not None:
+            _check_loader(training, self._loader)
         self._run = run = TicketRun(training, self.settings)
         training.add_version(SUPERPOSED, run.version, preferred=True)
 
@@ -197,3 +202,24 @@ class SupTickets:
                 "this SupTickets has no run yet; give it to one: wrap(..., total_steps=..., sup_tickets=SupTickets())"
             )
         return self._run
+
+
+def _check_loader(training: AlternatingSparseTraining, loader: Iterable[Any]) -> None:
+    """Refuse when a run begins what could not be recalibrated from when it is over.
+
+    Raises:
+        ConfigError: If it is used up after the first of several sub-nets, or these share their BatchNorm statistics.
+    """
+    count = len(training.sub_nets)
+    if count == 1:
+        return
+    if isinstance(loader, Iterator):
+        raise ConfigError(
+            f"loader of SupTickets must be iterable once for each of {count} sub-nets, and a {type(loader).__name__} "
+            "is used up after one; pass a DataLoader or a list"
+        )
+    if not training.config.private_normalization and batch_norm_modules(training.model):
+        raise ConfigError(
+            "loader of SupTickets is for BatchNorm statistics of each sub-net, and they share one set here, because "
+            "private_normalization is False; leave loader out, and recalibrate for one sub-net right before it is used"
+        )

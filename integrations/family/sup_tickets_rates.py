@@ -68,9 +68,12 @@ class CyclicRates:
     def attach(self) -> Callable[[], None]:
         """Register the hooks; returns what removes them and gives the user's rates back."""
         optimizer = self._optimizer
+        lifting = optimizer.register_step_post_hook(lambda *_: self.lift())
+        # Before hooks that were there already: one of them may be a scheduler's step, which goes on from what it finds.
+        optimizer._optimizer_step_post_hooks.move_to_end(lifting.id, last=False)
         handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(lambda *_: self.lay()),
-            optimizer.register_step_post_hook(lambda *_: self.lift()),
+            lifting,
             optimizer.register_state_dict_pre_hook(lambda *_: self._mend()),
             optimizer.register_load_state_dict_pre_hook(lambda *_: self._mend()),
         ]
@@ -107,13 +110,15 @@ class CyclicRates:
         # As numbers from now on: those on an accelerator are waited for once.
         self._highest = [*self.highest, *(float(group["lr"]) for group in groups[len(self._highest) :])]
         self._warn(stacklevel=3)
-        for group, ours in zip(groups, self.rates(height), strict=False):
-            theirs = group["lr"]
+        self._laid = [
+            # All copies before the first is filled: groups may have one tensor between them.
+            (group, group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"], ours)
+            for group, ours in zip(groups, self.rates(height), strict=False)
+        ]
+        for group, theirs, ours in self._laid:
             if isinstance(theirs, Tensor):
-                self._laid.append((group, theirs.clone(), ours))
-                theirs.fill_(ours)
+                group["lr"].fill_(ours)
             else:
-                self._laid.append((group, theirs, ours))
                 group["lr"] = ours
 
     def lift(self) -> None:

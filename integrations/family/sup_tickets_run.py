@@ -123,7 +123,7 @@ class TicketRun:
             if masks is None:
                 return None
             private = {name: dict(tensors) for name, tensors in average.private.items()}
-            self._version = Version(weights=average.weights, masks=masks, private=private)
+            self._version = Version(weights=self._kept_apart(average.weights), masks=masks, private=private)
         return self._version
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,6 +136,7 @@ class TicketRun:
         }
         if self._version is not None:  # its BatchNorm may have been estimated anew
             state["private"] = {name: dict(tensors) for name, tensors in self._version.private.items()}
+            state["weights"] = self._kept_apart(self._version.weights)
         return state
 
     def read_state(self, state: Mapping[str, Any]) -> TicketAverage:
@@ -189,6 +190,11 @@ class TicketRun:
             masks[name] = training.masks_by_score(name, scores, within=around if nested else None)
             around = masks[name] if nested else around
         return masks
+
+    def _kept_apart(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return them with buffers copied: statistics that sub-nets share are estimated in place, in a version."""
+        parameters = dict(bare_model(self.training.model).named_parameters())
+        return {name: tensor if name in parameters else tensor.clone() for name, tensor in weights.items()}
 
     def _height(self) -> float | None:
         return self.calendar.height_at(self.training.step)
