@@ -285,6 +285,8 @@ def test_what_is_no_run_of_rigl_torch_is_refused() -> None:
         take_over(object())
     with pytest.raises(ConfigError, match="without 'backward_masks', and so no state of a RigLScheduler"):
         take_over({"S": [], "N": [], "step": 1}, model=model)
+    with pytest.raises(ConfigError, match="without 'delta_T', and so no state of a RigLScheduler"):
+        take_over({**state, "hyperparams": {}}, model=model)
     with pytest.raises(ConfigError, match="masks without names; pass model="):
         take_over(state)
     with pytest.raises(ConfigError, match="model is for a saved state alone"):
@@ -296,6 +298,8 @@ def test_what_is_no_run_of_rigl_torch_is_refused() -> None:
     for sparser in ((0.5,), (1.0,), ("0.9",)):
         with pytest.raises(ConfigError, match=r"sparser must hold fractions of zeros above .* 0\.699661, and below 1"):
             take_over(scheduler, sparser=sparser)
+    with pytest.raises(ConfigError, match=r"sparser must be a sequence .* got 0\.9"):
+        take_over(scheduler, sparser=0.9)
 
 
 def test_masks_that_do_not_fit_the_model_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -385,6 +386,37 @@ def test_arguments_that_do_not_fit_are_refused(options: dict[str, Any], message:
         options["scheduler"] = options["scheduler"](sparsifier)
     with pytest.raises(ConfigError, match=message):
         from_sparsifier(sparsifier, **options)
+
+
+class Watching:
+    """Holds what cannot be copied, and counts calls of a layer."""
+
+    def __init__(self) -> None:
+        self.lock, self.calls = threading.Lock(), 0
+
+    def __call__(self, *_: Any) -> None:
+        self.calls += 1
+
+
+def test_hooks_of_the_layers_stay_with_the_model_alone() -> None:
+    model, sparsifier = prepared()
+    watching = Watching()
+    model[0].register_forward_hook(watching)
+    ast = wrapped(model, sparsifier)
+    train(model, ast.optimizer, range(8), vector_batch)
+    assert watching.calls == 8
+
+
+def test_a_sparsifier_that_cannot_be_copied_is_refused_and_stays_on_the_model() -> None:
+    model, sparsifier = prepared()
+    sparsifier.watching = Watching()
+    before = snapshot(model)
+    with pytest.raises(
+        WrapError, match=r"a copy of WeightNormSparsifier, which cannot be copied.*lock.*keep open files"
+    ):
+        wrapped(model, sparsifier)
+    assert_same(snapshot(model), before)
+    assert parametrize.is_parametrized(model[0], "weight")
 
 
 class Remembering(WeightNormSparsifier):

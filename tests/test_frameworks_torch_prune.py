@@ -205,6 +205,25 @@ def test_models_that_do_not_fit_are_refused() -> None:
         take_masks(tied)
 
 
+def test_a_model_that_was_pruned_further_is_refused() -> None:
+    model = pruned()
+    method = from_pruned(model)
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match="call from_pruned after the last pruning"):
+        ast_plugin.wrap(sgd(model), model, sparsities=method.sub_nets, method=method, total_steps=40)
+    assert_same(snapshot(model), before)
+
+
+def test_what_is_no_model_or_no_method_is_refused() -> None:
+    ast = wrapped(pruned())
+    for call in (lambda: from_pruned("mlp"), lambda: take_masks("mlp"), lambda: write_masks(ast, "s90", "mlp")):
+        with pytest.raises(ConfigError, match=r"model must be a torch\.nn\.Module, got str"):
+            call()
+    with pytest.raises(ConfigError, match="then must be the name of a method or a Method, got 3"):
+        from_pruned(pruned(), then=3)
+
+
 def test_a_batch_norm_that_was_pruned_is_refused() -> None:
     model = conv_net()
     prune.l1_unstructured(model.conv1, "weight", amount=0.5)

@@ -258,3 +258,5 @@ def test_options_that_contradict_one_another_are_refused() -> None:
         from_importance(magnitude, base="vr-pge")
     with pytest.raises(ConfigError, match="did you mean 'granet'"):
         from_importance(magnitude, base="granett")
+    with pytest.raises(ConfigError, match="base must be the name of a method or a Method, got 3"):
+        from_importance(magnitude, base=3)

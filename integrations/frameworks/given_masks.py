@@ -65,6 +65,8 @@ def masks_method(
         ConfigError: As for `from_masks`.
     """
     checked = _checked(masks)
+    if not isinstance(then, (str, Method)):
+        raise ConfigError(f"then must be the name of a method or a Method, got {then!r}")
     base = then if isinstance(then, Method) else PluginRegistry().method(then)
     own = next((name for name in ("decide", "take_over", "sampler") if getattr(base, name) is not None), None)
     if own is not None:

@@ -69,6 +69,8 @@ def take_over(
         run = running(scheduler)
     method = RigLMethod.of(run)
     first = SubNetSpec(name=sparsity_name(run.asked), sparsity=method.sparsity)
+    if not isinstance(sparser, Sequence) or isinstance(sparser, str):
+        raise ConfigError(f"sparser must be a sequence of fractions of zeros, such as (0.95,), got {sparser!r}")
     for entry in sparser:
         wanted = entry.sparsity if isinstance(entry, SubNetSpec) else entry
         if not isinstance(wanted, (int, float)) or not method.sparsity < wanted < 1:

@@ -22,6 +22,7 @@ TESTED = "0.5"
 INSTALL = "pip install --no-deps rigl-torch==0.5.2"
 
 _SAVED = ("S", "N", "step", "backward_masks", "hyperparams")
+_SETTINGS = ("delta_T", "alpha", "T_end", "static_topo")
 _NEEDED = ("W", "S", "backward_masks", "backward_hook_objects", "step", "delta_T", "alpha", "T_end", "static_topo")
 _MARK = "_has_rigl_backward_hook"
 _PATCHED = "_create_step_wrapper.<locals>._wrapped_step"
@@ -83,7 +84,9 @@ def saved(state: Mapping[str, Any], model: nn.Module | None) -> RigLRun:
         MissingExtraError: If rigl-torch is not installed, or has another version.
         StateError: If the masks do not fit the model.
     """
-    missing = [name for name in _SAVED if name not in state]
+    settings = state.get("hyperparams")
+    settings = settings if isinstance(settings, Mapping) else {}
+    missing = [name for name in _SAVED if name not in state] or [name for name in _SETTINGS if name not in settings]
     if missing:
         raise ConfigError(
             f"scheduler is a dict without {missing[0]!r}, and so no state of a RigLScheduler; give what its "
@@ -99,7 +102,6 @@ def saved(state: Mapping[str, Any], model: nn.Module | None) -> RigLRun:
             "a saved state of rigl-torch lists masks in the order in which the package 'rigl-torch' finds layers, and "
             f"that cannot be imported ({error}); install it with: {INSTALL}"
         ) from None
-    settings = state["hyperparams"]
     bare = bare_model(model)
     return RigLRun(
         masks=_named(bare, weights_of(bare), state["S"], state["backward_masks"]),

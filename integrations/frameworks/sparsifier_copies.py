@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ast_plugin.errors import StateError
+from ast_plugin.errors import StateError, WrapError
 
 _HALF = (torch.bfloat16, torch.float16)
 _PLAIN = (bool, int, float, str, type(None))
 _LEFT_OUT = ("defaults", "groups", "state", "config", "model", "optimizer", "enable_mask_update")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLACES = ("module", "module_fqn", "tensor_name", "tensor_fqn")
 
 
@@ -37,6 +38,9 @@ class SparsifierCopy:
             for tensor in (lists[0].mask, getattr(lists[0], "dense_grad", None)):
                 if isinstance(tensor, Tensor):
                     memo[id(tensor)] = tensor.new_empty(0)
+            for module in group["module"].modules():  # no copy is called, and a hook may hold anything
+                hooks = [vars(module)[name] for name in _HOOKS if name in vars(module)]
+                memo.update((id(one), type(one)()) for one in hooks if one is not None)
         for group in sparsifier.groups:
             memo[id(group["module"])] = copy.deepcopy(group["module"], memo)
         for whole in ("model", "optimizer"):
@@ -131,6 +135,25 @@ class SparsifierCopy:
     def _set_mask(self, name: str, mask: Tensor) -> None:
         self._parametrization(name).mask = mask
         self.sparsifier.state[self.groups[name]["tensor_fqn"]]["mask"] = mask
+
+
+def first_copy(sparsifier: Any, names: tuple[str, ...]) -> SparsifierCopy:
+    """Return a copy of what a user has made, of which nobody knows yet whether it can be copied.
+
+    Args:
+        sparsifier: As for `SparsifierCopy`.
+        names: As for `SparsifierCopy`.
+
+    Raises:
+        WrapError: If it cannot.
+    """
+    try:
+        return SparsifierCopy(sparsifier, names)
+    except Exception as error:
+        raise WrapError(
+            f"each sub-net is given a copy of {type(sparsifier).__name__}, which cannot be copied with its layers: "
+            f"{type(error).__name__}: {error}; keep open files, locks and the like out of both"
+        ) from error
 
 
 def _is_plain(value: Any) -> bool:

@@ -16,7 +16,7 @@ from ast_plugin.errors import ASTError, ConfigError, PluginError, StateError, Wr
 from ast_plugin.hookspecs import hookimpl
 from ast_plugin.integrations.frameworks.parametrizations import TakenOff
 from ast_plugin.integrations.frameworks.selection import choices_of
-from ast_plugin.integrations.frameworks.sparsifier_copies import SparsifierCopy
+from ast_plugin.integrations.frameworks.sparsifier_copies import SparsifierCopy, first_copy
 from ast_plugin.integrations.frameworks.torch_ao import LevelRule, SetSparsity, schedule_of
 from ast_plugin.methods import MaskDecision, MaskInputs, Method, SparsitySchedule
 from ast_plugin.parameters import ParameterChoice
@@ -172,7 +172,8 @@ class _Adoption:
 
         Raises:
             ConfigError: If it was prepared on another model, or is not on this one any more.
-            WrapError: If its parametrizations are not alone on their tensors, or its masks are of another shape.
+            WrapError: If its parametrizations are not alone on their tensors, its masks are of another shape, or it
+                cannot be copied.
         """
         sparsifier = self._sparsifier
         _check_prepared(sparsifier)
@@ -180,7 +181,7 @@ class _Adoption:
         names = self._find(model)
         self._names = names
         self._check_masks()
-        self._template = SparsifierCopy(sparsifier, names)
+        self._template = first_copy(sparsifier, names)
         self._present = {
             name: _parametrization(group).mask.detach() != 0 for name, group in zip(names, groups, strict=True)
         }
@@ -283,11 +284,6 @@ class _Adoption:
                     f"{self._kind} was prepared on another model: its layer {group['module_fqn']!r} is no module of "
                     f"this {type(model).__name__}; call sparsifier.prepare(model, config) with the model to wrap"
                 )
-            if not parametrize.is_parametrized(module, tensor):
-                raise ConfigError(
-                    f"{self._kind} is on {group['tensor_fqn']!r} no more: its masks were squashed into the weights; "
-                    "prepare a new sparsifier on the model"
-                )
             names.append(f"{places[id(module)]}.{tensor}".removeprefix("."))
             _check_untied(model, self._kind, names[-1], module.parametrizations[tensor].original)
         return tuple(names)
@@ -323,6 +319,12 @@ def _check_prepared(sparsifier: Any) -> None:
             f"{type(sparsifier).__name__} is prepared on no model (a run that takes it over ends that, too); call "
             "sparsifier.prepare(model, config) first"
         )
+    for group in sparsifier.groups:
+        if not parametrize.is_parametrized(group["module"], group["tensor_name"]):
+            raise ConfigError(
+                f"{type(sparsifier).__name__} is on {group['tensor_fqn']!r} no more: its masks were squashed into the "
+                "weights; prepare a new sparsifier on the model"
+            )
 
 
 def _check_untied(model: nn.Module, kind: str, name: str, original: Tensor) -> None:

@@ -14,7 +14,7 @@ from ast_plugin.methods import MaskInputs, SparsitySchedule
 from ast_plugin.schedules import constant_sparsity
 
 TESTED = "0.1"
-INSTALL = "pip install --no-deps sparsimony==0.1.0"
+INSTALL = "pip install --no-deps --ignore-requires-python sparsimony==0.1.0"
 
 _NEEDED = ("scheduler", "distribution", "sparsity", "grown_weights_init", "_step_count")
 

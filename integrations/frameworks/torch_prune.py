@@ -33,7 +33,8 @@ def from_pruned(
     pruned are what the run prunes, biases included.
 
     Args:
-        model: The model, pruned with ``torch.nn.utils.prune``; it is not changed before it is wrapped.
+        model: The model, pruned with ``torch.nn.utils.prune``; it is not changed before it is wrapped, and must not be
+            pruned further.
         name: The sub-net's name.
         then: The method of the run's other sub-nets, and with ``fixed=False`` of this one's later mask updates.
         fixed: Whether the masks stay as they are.
@@ -49,14 +50,19 @@ def from_pruned(
         >>> method = from_pruned(model)
         >>> ast = ast_plugin.wrap(optimizer, model, sparsities=(*method.sub_nets, 0.9), method=method, total_steps=1000)
     """
-    masks = _masks(bare_model(model), _found(model))
+    found = _found(model)
+    masks = _masks(bare_model(model), found)
 
     def take_over(optimizer: torch.optim.Optimizer, wrapped: nn.Module) -> Callable[[], None]:
         del optimizer
         found = _found(wrapped)
-        if set(_masks(wrapped, found)) != set(masks):
+        present = _masks(wrapped, found)
+        if set(present) != set(masks) or any(
+            not torch.equal(present[name].cpu(), mask.cpu()) for name, mask in masks.items()
+        ):
             raise ConfigError(
-                f"the {type(wrapped).__name__} to wrap is not pruned as the one that from_pruned was given; wrap that"
+                f"the {type(wrapped).__name__} to wrap is not pruned as the one that from_pruned was given was then; "
+                "wrap that, and call from_pruned after the last pruning"
             )
         return _take_off(found)
 
@@ -101,6 +107,8 @@ def write_masks(source: AlternatingSparseTraining | Elastic | ElasticContents, s
         ActivationError: If a sub-net is chosen in the run, so that dense values are out of reach.
         WrapError: If the model is being trained by `ast_plugin.wrap`.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if is_attached(model):
         raise WrapError("the model is wrapped; give a copy of it, or detach() the run first")
     state, masks = _sub_net(source, sub_net)
@@ -160,6 +168,8 @@ def _pruned(model: nn.Module) -> list[_Pruned]:
 
 
 def _found(model: nn.Module) -> list[_Pruned]:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = _pruned(bare_model(model))
     if not found:
         raise ConfigError(

@@ -70,6 +70,8 @@ def from_importance(
     """
     kinds = torch_pruning().importance
     _check(importance, kinds, "importance")
+    if not isinstance(base, (str, Method)):
+        raise ConfigError(f"base must be the name of a method or a Method, got {base!r}")
     rule = base if isinstance(base, Method) else PluginRegistry().method(base)
     if rule.sampler is not None or not (rule.updates or rule.reselect):
         raise ConfigError(
