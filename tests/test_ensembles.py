@@ -465,6 +465,20 @@ def test_data_that_cannot_be_evaluated(elastic: Elastic, loader: list[Any], mess
     assert elastic.active == "s50"
 
 
+@pytest.mark.parametrize("max_batches", [0, -1, 1.5, True, "2"])
+def test_a_number_of_batches_that_is_none_is_refused(elastic: Elastic, max_batches: Any) -> None:
+    with pytest.raises(ConfigError, match="max_batches must be a number of batches, at least 1, or None for all"):
+        ensemble(elastic).evaluate([(images(), torch.zeros(4))], max_batches=max_batches)
+
+
+def test_members_that_have_diverged_are_named() -> None:
+    sound, diverged = torch.zeros(2, 3), torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, math.nan]])
+    members = ensemble(Source(a=sound, b=diverged, c=sound))
+    with pytest.raises(ConfigError, match="the predictions of 'b' are NaN for some inputs"):
+        members.evaluate([(torch.zeros(2), torch.tensor([0, 1]))])
+    assert members.evaluate([(torch.zeros(2), torch.tensor([0, -100]))]).predictions == 1  # where it does not count
+
+
 def test_targets_of_a_regression_must_be_as_many() -> None:
     both = ensemble(Source(a=torch.zeros(4, 2)), task="regression")
     with pytest.raises(ConfigError, match=r"as many numbers as the model returns, of shape \(4, 2\), got shape \(4,\)"):

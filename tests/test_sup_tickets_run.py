@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import OPTIMIZERS, assert_same, conv_net, image_batch, snapshot, train, wrapped
+from networks import OPTIMIZERS, assert_same, conv_net, image_batch, snapshot, train, train_step, wrapped
 from test_resume import through_disk
 from torch import nn
 
@@ -54,7 +54,7 @@ def test_shared_statistics_that_were_estimated_anew_travel_and_leave_earlier_sta
     model, optimizer, tickets, ast = begin()
     for step in range(24):
         images, labels = image_batch(step)
-        train(model, optimizer, range(1), lambda _, batch=(images.to(dtype), labels): batch)
+        train_step(model, optimizer, (images.to(dtype), labels))
     early = optimizer.state_dict()["ast_plugin"]["plugins"]["sup_tickets"]
     copied = copy.deepcopy(early)
     tickets.recompute([image_batch(80)[0].to(dtype)])

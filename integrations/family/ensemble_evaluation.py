@@ -28,8 +28,12 @@ def labelled(loader: Iterable[Any], split: Split | None, max_batches: int | None
         max_batches: How many; None takes all.
 
     Raises:
-        ConfigError: If there is no batch, or one has another form.
+        ConfigError: If there is no batch, or one has another form; or `max_batches` is no number of batches.
     """
+    if max_batches is not None and (
+        isinstance(max_batches, bool) or not isinstance(max_batches, int) or max_batches < 1
+    ):
+        raise ConfigError(f"max_batches must be a number of batches, at least 1, or None for all, got {max_batches!r}")
     empty = True
     for batch in itertools.islice(iter(loader), max_batches):
         empty = False
@@ -173,7 +177,7 @@ class Tally:
             labels: Integers, (...).
 
         Raises:
-            ConfigError: If the labels do not fit.
+            ConfigError: If the labels do not fit, or a member's predictions are NaN where they count.
         """
         shape, classes = tuple(log_probabilities.shape[1:-1]), log_probabilities.shape[-1]
         if tuple(labels.shape) != shape or labels.is_floating_point() or labels.dtype == torch.bool:
@@ -187,6 +191,13 @@ class Tally:
             raise ConfigError(
                 f"labels must lie in [0, {classes}), as many classes as the model has outputs, or be "
                 f"ignore_index={self._ignored}; got {int(kept.min())} to {int(kept.max())}"
+            )
+        undefined = predictions.isnan().flatten(1).any(dim=1).tolist()
+        if any(undefined):
+            names = ", ".join(repr(name) for name, is_nan in zip(self._names, undefined, strict=True) if is_nan)
+            raise ConfigError(
+                f"the predictions of {names} are NaN for some inputs, and have no accuracy or calibration; leave them "
+                "out of names if they have diverged, or the inputs if these are NaN"
             )
         self._sums = self._sums or [_Classes() for _ in (*self._names, "ensemble")]
         for sums, own in zip(self._sums, (*predictions, log_mean(predictions)), strict=True):

@@ -73,7 +73,7 @@ class SupTickets:
             isinstance(max_batches, bool) or not isinstance(max_batches, int) or max_batches < 1
         ):
             raise ConfigError(f"max_batches of SupTickets must be a number of batches, at least 1, got {max_batches!r}")
-        if loader is not None and not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        if loader is not None and not any(hasattr(loader, name) for name in ("__iter__", "__getitem__")):
             raise ConfigError(f"loader of SupTickets must give batches, such as a DataLoader or a list, got {loader!r}")
         self.max_batches = max_batches
         self._loader = loader
