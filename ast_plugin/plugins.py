@@ -120,7 +120,10 @@ class PluginRegistry:
             drop_score=_guarded(built.drop_score, plugin, f"the drop score of {where}"),
             grow_score=grow_score,
             sparsity_schedule=_guarded(built.sparsity_schedule, plugin, f"the sparsity schedule of {where}"),
+            channel_score=built.channel_score
+            and _guarded(built.channel_score, plugin, f"the channel score of {where}"),
             decide=built.decide and _guarded(built.decide, plugin, f"the decision of {where}"),
+            is_due=built.is_due and _guarded(built.is_due, plugin, f"the calendar of {where}"),
         )
 
     def pattern(self, text: str) -> Pattern:

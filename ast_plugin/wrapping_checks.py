@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from ast_plugin.alternation import Alternation, trains_several
 from ast_plugin.attachment import is_attached
 from ast_plugin.distributed import note_buffers
-from ast_plugin.errors import ConfigError, SelectionError, WrapError
+from ast_plugin.errors import ConfigError, PluginError, SelectionError, WrapError
 from ast_plugin.methods import Method
 from ast_plugin.optimizers import refusal_of, trained_by
 from ast_plugin.parameters import ParameterChoice
@@ -51,11 +51,20 @@ def check_kind(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def taken_over(method: Method, optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[None]:
-    """Have a method take over model and optimizer (`Method.take_over`), and undo it if the block fails."""
+    """Have a method take over model and optimizer (`Method.take_over`), and undo it if the block fails.
+
+    Raises:
+        PluginError: If it does not say how.
+    """
     if method.take_over is None:
         yield
         return
     undo = method.take_over(optimizer, bare_model(model))
+    if not callable(undo):
+        raise PluginError(
+            f"take_over of method {method.name!r} must return a function that undoes it, got {undo!r}; where there is "
+            "nothing to undo, return lambda: None"
+        )
     try:
         note_buffers(model)
         yield

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ast_plugin
 from ast_plugin.errors import ConfigError, PluginError
-from ast_plugin.hookspecs import hookimpl
+from ast_plugin.hookspecs import MethodRecord, hookimpl
 from ast_plugin.methods import RIGL, MaskDecision, MaskInputs, Method
 from ast_plugin.random_state import seeded_generator
 from ast_plugin.schedules import cubic_sparsity
@@ -269,6 +269,35 @@ def test_a_method_takes_over_the_bare_model_first_and_gives_it_back_if_wrap_fail
     with pytest.raises(ConfigError, match=r"unknown setting"):
         wrapped(deciding(take_over=taking), sparsity=0.5)
     assert taking.calls == []
+
+
+def test_a_take_over_that_does_not_say_how_to_undo_it_is_refused() -> None:
+    with pytest.raises(PluginError, match=r"take_over of method .* must return a function that undoes it, got None"):
+        wrapped(deciding(take_over=lambda optimizer, model: None))
+
+
+def fails(*_: Any) -> Any:
+    raise ValueError("no")
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [({"decide": fails}, "the decision"), ({"is_due": fails}, "the calendar")],
+    ids=["masks", "when"],
+)
+def test_a_plugins_method_that_fails_is_named_with_the_place(options: dict[str, Any], where: str) -> None:
+    class Failing:
+        @hookimpl
+        def ast_methods(self) -> list[MethodRecord]:
+            return [MethodRecord.of(dataclasses.replace(deciding(), name="failing", **options))]
+
+    def run() -> None:
+        model = mlp()
+        settings = {"sparsities": (0.5,), "total_steps": 40, "method": "failing", "plugins": [Failing()]}
+        train(model, ast_plugin.wrap(sgd(model), model, **settings).optimizer, range(2), vector_batch)
+
+    with pytest.raises(PluginError, match=f"plugin 'Failing' failed in {where} of method 'failing': ValueError"):
+        run()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
