@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,6 +184,21 @@ def test_strategies_that_take_weights_apart_are_refused(name: str) -> None:
 
     with pytest.raises(WrapError, match=f"{name} .*; train with strategy='ddp', or on one device"):
         check_strategy(Trainer())
+
+
+def test_without_lightning_the_extra_is_named() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['lightning'] = sys.modules['pytorch_lightning'] = None\n"
+        "from ast_plugin.errors import MissingExtraError\n"
+        "try:\n"
+        "    from ast_plugin.integrations.frameworks.lightning import ASTCallback\n"
+        "except MissingExtraError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "ast-plugin[lightning]" in done.stdout
 
 
 @pytest.mark.parametrize(("version", "fits"), [("2.4.1", False), ("1.9.5", False), ("2.5.0", True), ("3.0.0rc1", True)])

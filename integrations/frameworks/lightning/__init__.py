@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
     except ModuleNotFoundError as error:
-        if error.name not in _HOSTS:
+        if (error.name or "").partition(".")[0] not in _HOSTS:
             raise
         raise missing_extra(name, _HOSTS[0], "lightning") from error
     return getattr(module, name)

@@ -22,7 +22,7 @@ from ast_plugin.slots import bare_model
 try:
     import lightning.pytorch as pl
 except ModuleNotFoundError as missing:
-    if missing.name != "lightning":
+    if (missing.name or "").partition(".")[0] != "lightning":
         raise
     import pytorch_lightning as pl
 
