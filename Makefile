@@ -2,13 +2,15 @@
 # ARGS goes to the command that is run:   make demo ARGS="--sparsities 0.8 0.95"
 #                                         make test ARGS="-e core"
 # PYTHON chooses the interpreter for a new .venv: make test PYTHON=/usr/bin/python3.12
+# PARALLEL=1 has tox run two environments at a time; their output is mixed.
 
 PYTHON ?=
 ARGS ?=
+PARALLEL ?=
 export PYTHON
 
 SETUP = sh scripts/setup_venv.sh
-TOX = .venv/bin/python -m tox run
+TOX = .venv/bin/python -m tox $(if $(PARALLEL),run-parallel --parallel 2 --parallel-live,run)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
