@@ -209,8 +209,8 @@ class ASTConfig:
         for name in values:
             if name not in known:
                 raise ConfigError(
-                    f"unknown setting {name!r}: {near_names(str(name), known)} (a plugin that is given by keyword must be "
-                    "an object with hook functions)"
+                    f"unknown setting {name!r}: {near_names(str(name), known)} (a plugin that is given by keyword must "
+                    "be an object with hook functions)"
                 )
         if "sparsities" not in values:
             raise ConfigError("sparsities is missing: give one sparsity a sub-net, such as (0.9, 0.95)")
