@@ -19,6 +19,8 @@ from ast_plugin.sharding import full
 FAR = 0.01  # how far the sparsity of decided masks may be from what is asked
 
 Spread = Callable[[SubNetPlan, float, Mapping[str, Tensor]], Mapping[str, float]]
+Decided = tuple[dict[str, Tensor], dict[str, Tensor] | None]
+"""Masks by parameter name, and which of their weights begin anew: None for those that come back, as in any update."""
 
 
 class MaskDecisions:
@@ -67,8 +69,8 @@ class MaskDecisions:
         gradients: Mapping[str, Tensor] | None,
         *,
         drop_fraction: float,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        """Return the masks of a sub-net after its update, and which of their weights begin anew; None as in `first`.
+    ) -> Decided | None:
+        """Return the masks of a sub-net after its update; None as in `first`.
 
         Args:
             plan: The sub-net's plan.
@@ -94,7 +96,7 @@ class MaskDecisions:
         *,
         drop_fraction: float,
         present: Mapping[str, Tensor] | None,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+    ) -> Decided | None:
         inputs = MaskInputs(
             sub_net=plan.name,
             step=step,
@@ -112,11 +114,10 @@ class MaskDecisions:
         decided = answer if isinstance(answer, MaskDecision) else MaskDecision(masks=answer)
         masks = self._checked("masks", decided.masks, complete=True)
         self._check(plan, sparsity, masks)
-        if decided.restarted is not None:
-            began = self._checked("restarted", decided.restarted, complete=False)
-            return masks, {name: mask & masks[name] for name, mask in began.items() if count_kept(mask & masks[name])}
-        new = {} if present is None else {name: mask & ~present[name].to(mask.device) for name, mask in masks.items()}
-        return masks, {name: mask for name, mask in new.items() if count_kept(mask)}
+        if decided.restarted is None:
+            return masks, None
+        began = self._checked("restarted", decided.restarted, complete=False)
+        return masks, {name: mask & masks[name] for name, mask in began.items() if count_kept(mask & masks[name])}
 
     def _checked(self, what: str, answer: object, *, complete: bool) -> dict[str, Tensor]:
         """Return the masks of an answer, in the store's order."""

@@ -12,7 +12,7 @@ from ast_plugin.channel_states import ChannelStates
 from ast_plugin.channel_updates import ChannelUpdates
 from ast_plugin.channels import ChannelGroups
 from ast_plugin.config import ASTConfig
-from ast_plugin.decisions import MaskDecisions
+from ast_plugin.decisions import Decided, MaskDecisions
 from ast_plugin.distributions import Distribution, uniform
 from ast_plugin.errors import ConfigError
 from ast_plugin.mask_forms import as_mask
@@ -218,11 +218,10 @@ class MaskUpdater:
                 units = self._channels.renewed(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
                 return self._replace_units(self._channels, plan, units, sparsity)
             decided = self._decided(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
-            if decided is not None:
-                masks, grown = decided
-            else:
-                masks = self._weights.renewed(plan, sparsity, step, weights, gradients, drop_fraction=fraction)
-                grown = self._grown(sub_net, masks)
+            if decided is None:
+                decided = self._weights.renewed(plan, sparsity, step, weights, gradients, drop_fraction=fraction), None
+            masks, restarted = decided
+            grown = self._grown(sub_net, masks) if restarted is None else restarted
             self.masks.replace(sub_net, masks)  # at once: an interrupt must not leave some to be renewed twice
             return MaskUpdate(sub_net=sub_net, target=sparsity, achieved=self.achieved(sub_net), grown=grown)
 
@@ -256,8 +255,8 @@ class MaskUpdater:
         gradients: Mapping[str, Tensor] | None,
         *,
         drop_fraction: float,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        """Return the masks that the method decides, and what of them begins anew; None if it leaves them to scores."""
+    ) -> Decided | None:
+        """Return the masks that the method decides; None if it leaves them to scores."""
         if self._decisions is None:
             return None
         return self._decisions.renewed(plan, sparsity, step, weights, gradients, drop_fraction=drop_fraction)
