@@ -7,7 +7,6 @@ What no event offers (evaluation of every sub-net, the files of a checkpoint) is
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import os
@@ -23,6 +22,7 @@ from transformers.training_args import TrainingArguments
 from ast_plugin.attachment import is_attached
 from ast_plugin.config import ASTConfig
 from ast_plugin.errors import ActivationError, ConfigError, StateError, WrapError
+from ast_plugin.integrations.callback_settings import CallbackSettings
 from ast_plugin.integrations.family.sup_tickets import SupTickets
 from ast_plugin.integrations.family.sup_tickets_flags import SETTING, sup_tickets_of
 from ast_plugin.integrations.family.sup_tickets_hosts import further_versions
@@ -32,12 +32,10 @@ from ast_plugin.integrations.transformers.examples import example_inputs
 from ast_plugin.integrations.transformers.selection import TransformersSelection
 from ast_plugin.integrations.transformers.state import STATE, read_state
 from ast_plugin.integrations.transformers.weights import ensure_weights
-from ast_plugin.methods import Method
 from ast_plugin.optimizers import innermost_optimizer
-from ast_plugin.plugins_discovery import plugin_keywords
 from ast_plugin.preview import check_run
 from ast_plugin.training import AlternatingSparseTraining
-from ast_plugin.wrapping import ASTOptions, settings_of, wrap
+from ast_plugin.wrapping import ASTOptions, wrap
 
 _logger = logging.getLogger("ast_plugin.transformers")
 
@@ -80,13 +78,10 @@ class ASTCallback(TrainerCallback):
         if not isinstance(resume_plain, bool):
             raise ConfigError(f"resume_plain must be True or False, got {resume_plain!r}")
         self.ast: AlternatingSparseTraining | None = None
-        given, keywords = plugin_keywords(options, ASTOptions.__annotations__)
         self.sup_tickets = None if sup_tickets is None else sup_tickets_of(sup_tickets, SETTING)
-        self._keywords = keywords if self.sup_tickets is None else {**keywords, SETTING: self.sup_tickets}
-        method = given.get("method")
-        self._method = method if isinstance(method, Method) else None
-        self._config = settings_of(config, given)
-        self._seeded = config is not None or "seed" in options
+        self._settings = CallbackSettings(config, options)
+        if self.sup_tickets is not None:
+            self._settings.plugins[SETTING] = self.sup_tickets
         self._resume_plain = resume_plain
         self._plugins = [TransformersSelection(), *plugins]  # the last is asked first
         self._binding: Binding | None = None
@@ -95,7 +90,7 @@ class ASTCallback(TrainerCallback):
     @property
     def sub_nets(self) -> tuple[str, ...]:
         """Names of the sub-nets, in training order."""
-        return tuple(spec.name for spec in self._config.sub_nets)
+        return self._settings.sub_nets
 
     def sub_net(self, name: str) -> contextlib.AbstractContextManager[nn.Module]:
         """Put a sub-net on the model for the length of a ``with`` block: for ``predict``, ``generate`` and so on.
@@ -226,7 +221,7 @@ class ASTCallback(TrainerCallback):
             handler.callbacks.remove(self)
         handler.callbacks.insert(0, self)  # before those that save, or stop training by a sub-net's metric
         if self._binding is None:
-            config = self._settings(trainer, total_steps=1, steps_per_epoch=1)
+            config = self._config(trainer, total_steps=1, steps_per_epoch=1)
             check_metric("metric_for_best_model", trainer.args.metric_for_best_model, self.sub_nets)
             if trainer.model is not None:
                 if is_attached(trainer.model):
@@ -240,16 +235,16 @@ class ASTCallback(TrainerCallback):
                     trainer.model,
                     optimizer=optimizer,
                     plugins=self._plugins,
-                    keywords=self._keywords,
-                    method=self._method,
+                    keywords=self._settings.plugins,
+                    method=self._settings.method,
                     closure=False,
                 )
             self._binding = Binding(trainer, self)
         return self._binding
 
-    def _settings(self, trainer: Trainer, **steps: int | None) -> ASTConfig:
-        seed = {} if self._seeded else {"seed": trainer.args.seed}
-        return dataclasses.replace(self._config, **steps, **seed)  # type: ignore[arg-type]
+    def _config(self, trainer: Trainer, *, total_steps: int, steps_per_epoch: int | None) -> ASTConfig:
+        seed = trainer.args.seed
+        return self._settings.config(seed=seed, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
 
     def _begin(self, trainer: Trainer, state: TrainerState, folder: str | None, loader: Any) -> None:
         """Make the controller, or keep the one of an earlier ``train()``."""
@@ -270,7 +265,7 @@ class ASTCallback(TrainerCallback):
                 "start from its weights, or resume from another one"
             )
         # A checkpoint has an ordinary model's weights, and one that a method takes over is none before.
-        late = self._method is not None and self._method.take_over is not None
+        late = self._settings.method is not None and self._settings.method.take_over is not None
         if folder is not None and found is not None and not late:
             ensure_weights(model, folder, found.weights)
         left = state.max_steps if found is not None else state.max_steps - state.global_step
@@ -279,15 +274,13 @@ class ASTCallback(TrainerCallback):
                 f"no step is left to train sub-nets in: {state.global_step} of {state.max_steps} are made; raise "
                 "num_train_epochs or max_steps"
             )
-        wanted = self._config.total_steps
+        wanted = self._settings.given.total_steps
         if wanted not in (None, state.max_steps):
             raise ConfigError(
                 f"total_steps={wanted}, and the Trainer makes {state.max_steps}; leave it out, the Trainer knows"
             )
-        config = self._settings(trainer, total_steps=left, steps_per_epoch=_updates(loader, trainer.args))
-        options: dict[str, Any] = {**config.to_dict(), **self._keywords}
-        if self._method is not None:
-            options["method"] = self._method
+        config = self._config(trainer, total_steps=left, steps_per_epoch=_updates(loader, trainer.args))
+        options = self._settings.options(config)
         self._called = called
         example = functools.partial(example_inputs, trainer)
         ast = wrap(optimizer, model, outermost=called, plugins=self._plugins, example_inputs=example, **options)

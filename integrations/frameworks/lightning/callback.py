@@ -7,7 +7,6 @@ What no event offers (steps, validation of every sub-net, files beside checkpoin
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import os
@@ -19,6 +18,7 @@ from torch import nn
 from ast_plugin.attachment import is_attached
 from ast_plugin.config import ASTConfig
 from ast_plugin.errors import ActivationError, ConfigError, StateError, WrapError
+from ast_plugin.integrations.callback_settings import CallbackSettings
 from ast_plugin.integrations.frameworks.lightning.binding import Binding, StepModule
 from ast_plugin.integrations.frameworks.lightning.checks import (
     check_callbacks,
@@ -32,12 +32,10 @@ from ast_plugin.integrations.frameworks.lightning.host import example_inputs, gi
 from ast_plugin.integrations.frameworks.lightning.steps import steps_left, steps_per_epoch
 from ast_plugin.integrations.timm.selection import TimmSelection
 from ast_plugin.integrations.transformers.selection import TransformersSelection
-from ast_plugin.methods import Method
 from ast_plugin.norm_layers import batch_norm_modules
-from ast_plugin.plugins_discovery import plugin_keywords
 from ast_plugin.preview import check_run
 from ast_plugin.training import AlternatingSparseTraining
-from ast_plugin.wrapping import ASTOptions, settings_of, wrap
+from ast_plugin.wrapping import ASTOptions, wrap
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -94,11 +92,7 @@ class ASTCallback(pl.Callback):
             raise ConfigError(f"network must be the name of an attribute, such as 'model', got {network!r}")
         self.ast: AlternatingSparseTraining | None = None
         self.step_module: StepModule | None = None
-        given, self._keywords = plugin_keywords(options, ASTOptions.__annotations__)
-        method = given.get("method")
-        self._method = method if isinstance(method, Method) else None
-        self._config = settings_of(config, given)
-        self._seeded = config is not None or "seed" in options
+        self._settings = CallbackSettings(config, options)
         self._network = network
         self._folder = folder
         self._load_best = load_best
@@ -113,7 +107,7 @@ class ASTCallback(pl.Callback):
     @property
     def sub_nets(self) -> tuple[str, ...]:
         """Names of the sub-nets, in training order."""
-        return tuple(spec.name for spec in self._config.sub_nets)
+        return self._settings.sub_nets
 
     def sub_net(self, name: str) -> contextlib.AbstractContextManager[nn.Module]:
         """Put a sub-net on the model for the length of a ``with`` block: for ``test``, ``predict`` and so on.
@@ -173,15 +167,17 @@ class ASTCallback(pl.Callback):
                 "the model still has the sub-nets of an earlier run; call unbind() on its ASTCallback first, or "
                 "detach() on the controller where there is none"
             )
-        private = self._config.private_normalization and len(self.sub_nets) > 1 and bool(batch_norm_modules(network))
+        private = (
+            self._settings.given.private_normalization and len(self.sub_nets) > 1 and bool(batch_norm_modules(network))
+        )
         check_callbacks(trainer, self.sub_nets, private=private)
         check_run(
-            self._settings(total_steps=1, steps_per_epoch=1),
+            self._config(total_steps=1, steps_per_epoch=1),
             network,
             optimizer=optimizer_of(trainer, network),
             plugins=self._plugins,
-            keywords=self._keywords,
-            method=self._method,
+            keywords=self._settings.plugins,
+            method=self._settings.method,
             closure=gives_closures(trainer),
         )
         if trainer.ckpt_path is not None and self._loaded is None and not self._resume_plain:
@@ -300,9 +296,9 @@ class ASTCallback(pl.Callback):
         )
         write_end(trainer, ast, self._folder)
 
-    def _settings(self, **steps: int | None) -> ASTConfig:
-        seed = {} if self._seeded else {"seed": global_seed() or 0}
-        return dataclasses.replace(self._config, **{**steps, **seed})  # type: ignore[arg-type]
+    def _config(self, *, total_steps: int | None, steps_per_epoch: int | None) -> ASTConfig:
+        seed = global_seed() or 0
+        return self._settings.config(seed=seed, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
         """Make the controller, from the state of a checkpoint or of an earlier fit where there is one."""
@@ -310,17 +306,14 @@ class ASTCallback(pl.Callback):
             return
         network = network_of(module, self._network)
         check_mode(module, network)
-        left = steps_left(trainer, module, self._config.total_steps, resumed=self._loaded is not None)
-        config = self._settings(total_steps=left, steps_per_epoch=steps_per_epoch(trainer))
+        left = steps_left(trainer, module, self._settings.given.total_steps, resumed=self._loaded is not None)
+        config = self._config(total_steps=left, steps_per_epoch=steps_per_epoch(trainer))
         state = None if self._loaded is None else self._loaded[_RUN]
         if self.ast is not None:
             if self._finished and self.ast.model is network and trainer.ckpt_path is None:
                 config, state = self.ast.config, self.ast.state_dict()
             self.ast.detach()
             self.ast = None
-        options: dict[str, Any] = {**config.to_dict(), **self._keywords}
-        if self._method is not None:
-            options["method"] = self._method
         called = StepModule(trainer.strategy.model) if module.automatic_optimization else None
         ast = wrap(
             optimizer_of(trainer, network),
@@ -328,7 +321,7 @@ class ASTCallback(pl.Callback):
             outermost=called,
             plugins=self._plugins,
             example_inputs=functools.partial(example_inputs, module, network),
-            **options,
+            **self._settings.options(config),
         )
         try:
             if state is not None:
