@@ -208,10 +208,7 @@ class ASTConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
-                raise ConfigError(
-                    f"unknown setting {name!r}: {near_names(str(name), known)} (a plugin that is given by keyword must "
-                    "be an object with hook functions)"
-                )
+                raise ConfigError(f"unknown setting {name!r}: {near_names(str(name), known)}")
         if "sparsities" not in values:
             raise ConfigError("sparsities is missing: give one sparsity a sub-net, such as (0.9, 0.95)")
         given = dict(values)

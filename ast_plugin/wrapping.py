@@ -189,6 +189,12 @@ def settings_of(config: ASTConfig | None, options: dict[str, Any]) -> ASTConfig:
     if isinstance(options.get("method"), Method):
         options["method"] = options["method"].name
     if config is None:
+        known = ASTConfig.__dataclass_fields__
+        for name in (name for name in options if name not in known):
+            raise ConfigError(
+                f"unknown setting {name!r}: {near_names(name, known)} (a plugin that is given by keyword must be an "
+                "object with hook functions)"
+            )
         return ASTConfig.from_dict(options)
     if not isinstance(config, ASTConfig):
         raise ConfigError(f"config must be an ASTConfig, got {type(config).__name__}; pass settings by name otherwise")

@@ -427,6 +427,9 @@ def test_labels_that_do_not_count_are_left_out() -> None:
     assert (report.predictions, report.ensemble.accuracy) == (3, pytest.approx(2 / 3))
     with pytest.raises(ConfigError, match="no prediction was counted: every label is ignore_index=-100"):
         ensemble(source).evaluate([{"labels": torch.full((2, 2), -100)}])
+    nobody = Source(a={"logits": tokens[:0]})
+    with pytest.raises(ConfigError, match="no prediction was counted: there is none in the batches; give"):
+        ensemble(nobody).evaluate([{"input": torch.zeros(1), "labels": torch.zeros(0, 2, dtype=torch.int64)}])
 
 
 def test_the_report_is_a_table_and_plain_containers(elastic: Elastic, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -422,7 +422,7 @@ REFUSED: dict[str, Broken] = {
     "no total_steps": ({}, {"total_steps": None, "end_step": 10}, "total_steps is not given; pass total_steps"),
     "schedule too late": ({}, {"end_step": 0.9}, "end_step falls on step 54 .* begin at step 30.* lower end_step"),
     "share too short": ({"share": 0.1}, {}, "share=0.1 of total_steps=60 is 6 steps.*raise share or total_steps"),
-    "a sub-net left out": ({}, {"alternation": "fixed:s90"}, "sub-net 's50' is trained 0 times, and needs 3"),
+    "a sub-net left out": ({}, {"alternation": "fixed:s90"}, "trains sub-net 's50' at no step"),
     "sampled masks": (
         {},
         {"method": "vr-pge", "sparsities": (0.5,), "pattern": "channel"},

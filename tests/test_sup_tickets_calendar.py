@@ -52,10 +52,17 @@ def test_a_cycle_in_which_some_sub_net_has_too_few_steps_is_refused() -> None:
     TicketCalendar.of(270, cycles=3, share=0.1).check(names, _alternating, share=0.1, schedule_end=135)
     with pytest.raises(ConfigError, match=r"share=0.1 of total_steps=260 is 26 steps.*cycles=3.*\(8 steps each\)"):
         TicketCalendar.of(260, cycles=3, share=0.1).check(names, _alternating, share=0.1, schedule_end=130)
+    late = [*"a" * 261, *"abc" * 3]
     with pytest.raises(ConfigError, match="cycle 1 sub-net 'b' is trained 0 times, and needs 3; raise share or"):
-        TicketCalendar.of(270, cycles=3, share=0.1).check(names, lambda step: "ac", share=0.1, schedule_end=135)
+        TicketCalendar.of(270, cycles=3, share=0.1).check(names, late.__getitem__, share=0.1, schedule_end=135)
     # Where every step trains all of them, a third of the steps does.
     TicketCalendar.of(90, cycles=3, share=0.1).check(names, lambda step: names, share=0.1, schedule_end=45)
+
+
+def test_a_sub_net_that_no_cycle_trains_is_refused_with_a_remedy_that_helps() -> None:
+    calendar = TicketCalendar.of(270, cycles=3, share=0.1)
+    with pytest.raises(ConfigError, match=r"trains sub-net 'b' at no step of them .*choose another alternation, or"):
+        calendar.check(("a", "b", "c"), lambda step: "ac", share=0.1, schedule_end=135)
 
 
 def test_a_share_without_a_step_for_each_cycle_or_a_run_without_an_end_is_refused() -> None:

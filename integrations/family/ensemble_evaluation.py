@@ -156,7 +156,7 @@ class Tally:
         self._ignored = ignore_index
         self._sums: list[_Classes] | list[_Numbers] = []
         self._seconds = [0.0] * (len(names) + 1)
-        self._count = 0
+        self._count = self._seen = 0
         self._disagreement: list[Tensor] = []
 
     def add_times(self, members: Sequence[float], averaging: float) -> None:
@@ -185,6 +185,7 @@ class Tally:
                 f"labels must be classes, integers of shape {shape} as the outputs have it, got {labels.dtype} of "
                 f"shape {tuple(labels.shape)}; give split=..., which makes them, or task='regression' for numbers"
             )
+        self._seen += labels.numel()
         counted = labels != self._ignored
         kept, predictions = labels[counted].long(), log_probabilities[:, counted]
         if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < classes:
@@ -236,6 +237,8 @@ class Tally:
         Raises:
             ConfigError: If no prediction was counted.
         """
+        if not self._count and not self._seen:
+            raise ConfigError("no prediction was counted: there is none in the batches; give batches with inputs")
         if not self._count:
             raise ConfigError(f"no prediction was counted: every label is ignore_index={self._ignored}")
         kept = [kept_weights(source, name) for name in self._names]

@@ -119,6 +119,12 @@ class TicketCalendar:
                     break
             else:
                 name = min(counts, key=lambda name: counts[name])
+                if not any(name in trained_at(step) for step in range(self.begin, self.end)):
+                    raise ConfigError(
+                        f"sup_tickets averages every sub-net at the end of each cycle, and the alternation trains "
+                        f"sub-net {name!r} at no step of them (share={share:g}, {self.end - self.begin} steps); choose "
+                        "another alternation, or train that sub-net in a run of its own"
+                    )
                 what = f"in cycle {cycle + 1} sub-net {name!r} is trained {counts[name]} times, and needs {OWN_STEPS}"
                 raise ConfigError(_too_short(self.cycles, share, self.end, self.length, what))
         if schedule_end is None:
