@@ -10,6 +10,8 @@ version = release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+# Thousands of members of the reference would stand in the table of contents of every page, and take half of the build.
+toc_object_entries = False
 html_title = f"ast_plugin {version}"
 
 # Single backticks in docstrings mark code, as in Markdown.

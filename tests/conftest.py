@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import random
 import signal
 from pathlib import Path
@@ -43,6 +44,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("extra")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("extra")]
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector pass over what all tests have imported: a trainer calls it after every training."""
+    gc.collect()
+    gc.freeze()
 
 
 def marks_whole_file(source: str) -> bool:

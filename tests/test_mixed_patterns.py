@@ -19,6 +19,8 @@ from ast_plugin.integrations.family import plugin
 from ast_plugin.report import Report
 from ast_plugin.sub_nets import SubNetSpec
 
+pytestmark = pytest.mark.matrix
+
 CASES = {"residual": (residual_net, residual_groups), "tokens": (token_net, token_groups)}
 ORDERS = ("alternating", "dense_pivot")
 MIXED = (0.0, 0.9, "2:4", SubNetSpec(name="c50", sparsity=0.5, pattern="channel"))

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import ast_plugin
 from ast_plugin.optimizers import innermost_optimizer, refusal_of
 
+pytestmark = pytest.mark.matrix
+
 REFUSED = {"SparseAdam"}
 WORKING = [case for case in torch_cases() if case.name not in REFUSED]
 

@@ -13,6 +13,8 @@ from scheduler_cases import SchedulerCase, check_scheduler, timm_schedulers, tor
 
 import ast_plugin
 
+pytestmark = pytest.mark.matrix
+
 
 @pytest.mark.parametrize("case", torch_schedulers(), ids=lambda case: case.name)
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])

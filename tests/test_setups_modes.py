@@ -17,6 +17,8 @@ from torch.nn import functional
 
 import ast_plugin
 
+pytestmark = pytest.mark.matrix
+
 Setup = Callable[[Any, torch.optim.Optimizer, int], None]
 
 

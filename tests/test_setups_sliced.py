@@ -29,6 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 import ast_plugin
 
+pytestmark = pytest.mark.matrix
+
 ROUTES = ("leaves", "gather")
 TWICE = "gradient penalty"  # BatchNorm has no second derivative in these kernels
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 from channel_networks import Witness
 
+pytestmark = pytest.mark.matrix
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "sliced_training.py"
 

@@ -22,6 +22,8 @@ from ast_plugin.integrations.family import plugin
 from ast_plugin.preview import check_run
 from ast_plugin.wrapping_checks import check_turns
 
+pytestmark = pytest.mark.matrix
+
 OPTIONS: dict[str, Any] = {"sparsities": (0.9, 0.5, 0.8), "total_steps": 40, "update_interval": 4}
 
 

@@ -19,6 +19,8 @@ from ast_plugin.hookspecs import hookimpl
 from ast_plugin.integrations.family import SupTickets
 from ast_plugin.integrations.family import plugin as family_plugin
 
+pytestmark = pytest.mark.matrix
+
 # Three cycles of 10 steps, from step 30 on.
 CYCLES: dict[str, Any] = {"cycles": 3, "share": 0.5}
 EARLY: dict[str, Any] = {"end_step": 0.4}

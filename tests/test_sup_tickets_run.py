@@ -16,6 +16,8 @@ import ast_plugin
 from ast_plugin.errors import StateError
 from ast_plugin.integrations.family import SupTickets
 
+pytestmark = pytest.mark.matrix
+
 OPTIONS: dict[str, Any] = {"end_step": 0.4}
 
 

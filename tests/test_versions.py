@@ -36,6 +36,8 @@ from ast_plugin.errors import ActivationError, ConfigError
 from ast_plugin.report import Report
 from ast_plugin.versions import Version
 
+pytestmark = pytest.mark.matrix
+
 Run = tuple[nn.Module, torch.optim.Optimizer, ast_plugin.AlternatingSparseTraining]
 
 CHANNELS: dict[str, Any] = {"pattern": "channel", "groups": conv_groups(), "sparsities": (0.25, 0.5)}
