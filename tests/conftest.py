@@ -6,6 +6,7 @@ import ast
 import gc
 import random
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,15 @@ def marks_whole_file(source: str) -> bool:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "pytestmark" for t in node.targets):
             return any(isinstance(inner, ast.Attribute) and inner.attr == "extra" for inner in ast.walk(node.value))
     return False
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_again() -> Iterator[None]:
+    """Do so once more after tests of benchmarks, which have it look at everything again when they have measured."""
+    yield
+    if not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
