@@ -53,6 +53,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Let everything go at the end: some libraries complain of what is left."""
+    gc.unfreeze()
+
+
 def marks_whole_file(source: str) -> bool:
     """Tell whether a module-level ``pytestmark = pytest.mark.extra(...)`` (or a list with one) stands in `source`."""
     for node in ast.parse(source).body:
