@@ -69,6 +69,12 @@ _LIST = (
         share=None,
         text="joint training, a third of the steps",
     ),
+    Row(
+        name="joint-alternation",
+        table="baselines",
+        changes=_options(alternation="joint"),
+        text='the same through `alternation="joint"` and a closure',
+    ),
     Row(name="alternating-2x", table="baselines", share=2.0, text="one alternating run, twice the steps"),
     Row(name="alternating-3x", table="baselines", share=3.0, text="one alternating run, three times the steps"),
     Row(name=DENSE, table="baselines", changes={"sparsities": (0.0,), **_options(method="static")}, text="dense"),

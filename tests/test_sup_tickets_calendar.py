@@ -59,6 +59,12 @@ def test_a_cycle_in_which_some_sub_net_has_too_few_steps_is_refused() -> None:
     TicketCalendar.of(90, cycles=3, share=0.1).check(names, lambda step: names, share=0.1, schedule_end=45)
 
 
+def test_own_steps_are_those_of_the_sub_net_that_has_the_fewest_in_a_cycle() -> None:
+    calendar = TicketCalendar(begin=90, length=8, cycles=3)
+    assert calendar.own_steps(("a", "b", "c"), _alternating) == 2
+    assert calendar.own_steps(("a",), lambda step: "a") == 8
+
+
 def test_a_sub_net_that_no_cycle_trains_is_refused_with_a_remedy_that_helps() -> None:
     calendar = TicketCalendar.of(270, cycles=3, share=0.1)
     with pytest.raises(ConfigError, match=r"trains sub-net 'b' at no step of them .*choose another alternation, or"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,24 @@ def test_a_run_that_is_made_longer_begins_its_tickets_anew() -> None:
     train(model, optimizer, range(60, 120))
     assert tickets.tickets == 3
     assert ast.versions == ("last", "superposed")
+
+
+@pytest.mark.parametrize(("explore", "total_steps", "said"), [(0.3, 60, True), (0.0, 60, False), (0.3, 3600, False)])
+def test_cycles_that_are_too_short_for_what_they_exchange_are_warned_about(
+    explore: float, total_steps: int, said: bool
+) -> None:
+    model = conv_net()
+    tickets = SupTickets(cycles=3, share=0.5, explore=explore)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ast_plugin.wrap(
+            OPTIMIZERS["sgd"](model),
+            model,
+            sparsities=(0.8, 0.9),
+            total_steps=total_steps,
+            end_step=0.3,
+            sup_tickets=tickets,
+        )
+    texts = [str(warning.message) for warning in caught]
+    assert any("exchanges 30% of the weights" in text and "5 steps of its own" in text for text in texts) == said
+    assert len(texts) == int(said)

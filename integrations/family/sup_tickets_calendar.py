@@ -90,6 +90,19 @@ class TicketCalendar:
         cycle = self.cycle_at(step)
         return cycle is not None and (last_step is None or last_step < self.begin + cycle * self.length)
 
+    def own_steps(self, names: Sequence[str], trained_at: Callable[[int], Collection[str]]) -> int:
+        """Return how many steps of the first cycle train the sub-net that has the fewest.
+
+        Args:
+            names: The sub-nets.
+            trained_at: Returns the sub-nets that a step trains.
+        """
+        counts = dict.fromkeys(names, 0)
+        for step in range(self.begin, self.begin + self.length):
+            for name in trained_at(step):
+                counts[name] += 1
+        return min(counts.values())
+
     def check(
         self,
         names: Sequence[str],
