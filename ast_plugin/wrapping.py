@@ -190,10 +190,11 @@ def settings_of(config: ASTConfig | None, options: dict[str, Any]) -> ASTConfig:
         options["method"] = options["method"].name
     if config is None:
         known = ASTConfig.__dataclass_fields__
-        for name in (name for name in options if name not in known):
+        unknown = [name for name in options if name not in known]
+        if unknown:
             raise ConfigError(
-                f"unknown setting {name!r}: {near_names(name, known)} (a plugin that is given by keyword must be an "
-                "object with hook functions)"
+                f"unknown setting {unknown[0]!r}: {near_names(unknown[0], known)} (a plugin that is given by keyword "
+                "must be an object with hook functions)"
             )
         return ASTConfig.from_dict(options)
     if not isinstance(config, ASTConfig):

@@ -53,19 +53,17 @@ def rows_of_tickets() -> Iterator[Row]:
             text=f"granet, alternating, explore .5, rate .02 to .1: {what}",
         )
     # Cycles are a share of the run, so in a longer one sub-nets have longer to recover from an exploration.
-    for times in (5, 10):
-        name, text = f"granet-3-x{times}", f"granet, alternating, {times} times as long"
-        longer: dict[str, Any] = {"share": float(times), "tasks": ("digits",)}
-        yield Row(name=name, table="tickets", changes=options(method="granet"), text=text, **longer)
-        for short, settings, cycles in (("tk", {}, "explore .5"), ("tk0", {"explore": 0.0}, "explore 0")):
-            changes = {**options(method="granet"), **_tickets(**settings)}
-            for ending, readout, what in shown:
-                yield Row(
-                    name=f"{name}-{short}{ending}",
-                    table="ticket_gains",
-                    changes=changes,
-                    readout=readout,
-                    reference=name,
-                    text=f"{text}, {cycles}: {what}",
-                    **longer,
-                )
+    text = "granet, alternating, five times as long"
+    longer: dict[str, Any] = {"share": 5.0, "tasks": ("digits",)}
+    yield Row(name="granet-3-x5", table="tickets", changes=options(method="granet"), text=text, **longer)
+    for short, settings, cycles in (("tk", {}, "explore .5"), ("tk0", {"explore": 0.0}, "explore 0")):
+        for ending, readout, what in shown:
+            yield Row(
+                name=f"granet-3-x5-{short}{ending}",
+                table="ticket_gains",
+                changes={**options(method="granet"), **_tickets(**settings)},
+                readout=readout,
+                reference="granet-3-x5",
+                text=f"{text}, {cycles}: {what}",
+                **longer,
+            )
