@@ -59,10 +59,12 @@ def test_a_cycle_in_which_some_sub_net_has_too_few_steps_is_refused() -> None:
     TicketCalendar.of(90, cycles=3, share=0.1).check(names, lambda step: names, share=0.1, schedule_end=45)
 
 
-def test_own_steps_are_those_of_the_sub_net_that_has_the_fewest_in_a_cycle() -> None:
+def test_own_steps_are_counted_within_a_cycle_until_all_sub_nets_have_enough() -> None:
     calendar = TicketCalendar(begin=90, length=8, cycles=3)
-    assert calendar.own_steps(("a", "b", "c"), _alternating) == 2
-    assert calendar.own_steps(("a",), lambda step: "a") == 8
+    assert calendar.own_steps(0, ("a", "b", "c"), _alternating, enough=9) == {"a": 3, "b": 3, "c": 2}
+    assert calendar.own_steps(1, ("a", "b", "c"), _alternating, enough=9) == {"a": 3, "b": 2, "c": 3}
+    assert calendar.own_steps(0, ("a", "b", "c"), _alternating, enough=1) == {"a": 1, "b": 1, "c": 1}
+    assert calendar.own_steps(0, ("a",), lambda step: "a", enough=9) == {"a": 8}
 
 
 def test_a_sub_net_that_no_cycle_trains_is_refused_with_a_remedy_that_helps() -> None:

@@ -90,18 +90,25 @@ class TicketCalendar:
         cycle = self.cycle_at(step)
         return cycle is not None and (last_step is None or last_step < self.begin + cycle * self.length)
 
-    def own_steps(self, names: Sequence[str], trained_at: Callable[[int], Collection[str]]) -> int:
-        """Return how many steps of the first cycle train the sub-net that has the fewest.
+    def own_steps(
+        self, cycle: int, names: Sequence[str], trained_at: Callable[[int], Collection[str]], *, enough: int
+    ) -> dict[str, int]:
+        """Return how many steps of a cycle train each sub-net, counted until all have enough.
 
         Args:
+            cycle: Which cycle, from 0.
             names: The sub-nets.
             trained_at: Returns the sub-nets that a step trains.
+            enough: At which number counting may end.
         """
+        first = self.begin + cycle * self.length
         counts = dict.fromkeys(names, 0)
-        for step in range(self.begin, self.begin + self.length):
+        for step in range(first, first + self.length):
             for name in trained_at(step):
                 counts[name] += 1
-        return min(counts.values())
+            if min(counts.values()) >= enough:
+                break
+        return counts
 
     def check(
         self,
@@ -123,14 +130,8 @@ class TicketCalendar:
             ConfigError: If a cycle is too short, or the mask schedule reaches into the first.
         """
         for cycle in range(self.cycles):
-            first = self.begin + cycle * self.length
-            counts = dict.fromkeys(names, 0)
-            for step in range(first, first + self.length):
-                for name in trained_at(step):
-                    counts[name] += 1
-                if min(counts.values()) >= OWN_STEPS:
-                    break
-            else:
+            counts = self.own_steps(cycle, names, trained_at, enough=OWN_STEPS)
+            if min(counts.values()) < OWN_STEPS:
                 name = min(counts, key=lambda name: counts[name])
                 if not any(name in trained_at(step) for step in range(self.begin, self.end)):
                     raise ConfigError(

@@ -177,7 +177,9 @@ class TicketRun:
 
     def _warn_of_short_cycles(self) -> None:
         """Say that cycles end before what they exchange has been learned, where they do."""
-        own = self.calendar.own_steps(self.training.sub_nets, self.training.sub_nets_at)
+        training = self.training
+        counts = self.calendar.own_steps(0, training.sub_nets, training.sub_nets_at, enough=RECOVERY)
+        own = min(counts.values())
         if own < RECOVERY:
             warnings.warn(
                 f"sup_tickets exchanges {self.settings.explore:.0%} of the weights at the start of each cycle, and "
