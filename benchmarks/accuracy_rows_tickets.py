@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from accuracy_row import Row, options
 from accuracy_runs import FINAL, SUPERPOSED, SUPERPOSED_RECALIBRATED
 
-
-def _tickets(**settings: Any) -> dict[str, Any]:
-    return {"mechanisms": {"sup_tickets": settings}}
+_SHOWN = (
+    ("", FINAL, "the last ticket"),
+    ("-avg", SUPERPOSED, "superposed, BatchNorm averaged"),
+    ("-bn", SUPERPOSED_RECALIBRATED, "superposed, BatchNorm estimated anew"),
+)
 
 
 def rows_of_tickets() -> Iterator[Row]:
@@ -19,51 +21,35 @@ def rows_of_tickets() -> Iterator[Row]:
     All are runs of one sitting, so that each pair is the same up to the first cycle: granet is named, by which its runs
     are others than those of the tables above.
     """
-    shown = (
-        ("", FINAL, "the last ticket"),
-        ("-avg", SUPERPOSED, "superposed, BatchNorm averaged"),
-        ("-bn", SUPERPOSED_RECALIBRATED, "superposed, BatchNorm estimated anew"),
-    )
     for method in ("granet", "rigl", "set"):
         for alone, words in ((True, "single"), (False, "alternating")):
-            name, text = f"{method}-{'1' if alone else '3'}", f"{method}, {words}"
-            method_changes = options(method=method)
-            common: dict[str, Any] = {"alone": alone, "tasks": ("digits",)}
-            yield Row(name=name, table="tickets", changes=method_changes, text=text, **common)
-            for short, settings, cycles in (("tk", {}, "explore .5"), ("tk0", {"explore": 0.0}, "explore 0")):
-                changes = {**method_changes, **_tickets(**settings)}
-                for ending, readout, what in shown:
-                    yield Row(
-                        name=f"{name}-{short}{ending}",
-                        table="ticket_gains",
-                        changes=changes,
-                        readout=readout,
-                        reference=name,
-                        text=f"{text}, {cycles}: {what}",
-                        **common,
-                    )
-    for ending, readout, what in shown:
-        yield Row(
-            name=f"granet-3-tk.1{ending}",
-            table="ticket_gains",
-            changes={**options(method="granet"), **_tickets(lr=[0.02, 0.1])},
-            readout=readout,
-            reference="granet-3",
-            tasks=("digits",),
-            text=f"granet, alternating, explore .5, rate .02 to .1: {what}",
-        )
+            name = f"{method}-{'1' if alone else '3'}"
+            yield from _without_and_with(name, f"{method}, {words}", method, alone=alone)
+    text = "granet, alternating, explore .5, rate .02 to .1"
+    yield from _with("granet-3-tk.1", "granet-3", text, "granet", {}, lr=[0.02, 0.1])
     # Cycles are a share of the run, so in a longer one sub-nets have longer to recover from an exploration.
-    text = "granet, alternating, five times as long"
-    longer: dict[str, Any] = {"share": 5.0, "tasks": ("digits",)}
-    yield Row(name="granet-3-x5", table="tickets", changes=options(method="granet"), text=text, **longer)
-    for short, settings, cycles in (("tk", {}, "explore .5"), ("tk0", {"explore": 0.0}, "explore 0")):
-        for ending, readout, what in shown:
-            yield Row(
-                name=f"granet-3-x5-{short}{ending}",
-                table="ticket_gains",
-                changes={**options(method="granet"), **_tickets(**settings)},
-                readout=readout,
-                reference="granet-3-x5",
-                text=f"{text}, {cycles}: {what}",
-                **longer,
-            )
+    yield from _without_and_with("granet-3-x5", "granet, alternating, five times as long", "granet", share=5.0)
+
+
+def _without_and_with(name: str, text: str, method: str, **common: Any) -> Iterator[Row]:
+    """Yield a run without cycles, and the same with them, with exploration and without."""
+    yield Row(name=name, table="tickets", changes=options(method=method), text=text, tasks=("digits",), **common)
+    yield from _with(f"{name}-tk", name, f"{text}, explore .5", method, common)
+    yield from _with(f"{name}-tk0", name, f"{text}, explore 0", method, common, explore=0.0)
+
+
+def _with(
+    name: str, reference: str, text: str, method: str, common: Mapping[str, Any], **settings: Any
+) -> Iterator[Row]:
+    """Yield a run with cycles, measured in each way."""
+    for ending, readout, what in _SHOWN:
+        yield Row(
+            name=f"{name}{ending}",
+            table="ticket_gains",
+            changes={**options(method=method), "mechanisms": {"sup_tickets": settings}},
+            readout=readout,
+            reference=reference,
+            text=f"{text}: {what}",
+            tasks=("digits",),
+            **common,
+        )

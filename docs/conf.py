@@ -10,7 +10,7 @@ version = release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
-# Thousands of members of the reference would stand in the table of contents of every page, and take half of the build.
+# Thousands of members of the reference would stand in the contents of every page, and take two fifths of the build.
 toc_object_entries = False
 html_title = f"ast_plugin {version}"
 

@@ -48,6 +48,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
+    freeze()
+
+
+def freeze() -> None:
     """Have the garbage collector pass over what all tests have imported: a trainer calls it after every training."""
     gc.collect()
     gc.freeze()
@@ -68,11 +72,10 @@ def marks_whole_file(source: str) -> bool:
 
 @pytest.fixture(autouse=True, scope="module")
 def frozen_again() -> Iterator[None]:
-    """Do so once more after tests of benchmarks, which have it look at everything again when they have measured."""
+    """Freeze once more after tests of benchmarks, which have the collector look at everything when they are done."""
     yield
     if not gc.get_freeze_count():
-        gc.collect()
-        gc.freeze()
+        freeze()
 
 
 @pytest.fixture(autouse=True)
